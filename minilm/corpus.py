@@ -10,8 +10,6 @@ from minilm.errors import ConfigError
 
 __all__ = ["Play", "Scene", "load_shakespeare"]
 
-SPLITS = ("train", "validation", "test")
-
 
 @dataclass(frozen=True)
 class Scene:
@@ -41,14 +39,6 @@ class Play:
 
 
 @cache
-def _all_plays() -> tuple[Play, ...]:
-    records = json.loads(lzma.decompress(read_asset("shakespeare.json.xz")))
-    return tuple(
-        Play(**{**record, "scenes": tuple(Scene(**scene) for scene in record["scenes"])})
-        for record in records
-    )
-
-
 def load_shakespeare(split: str | None = None) -> tuple[Play, ...]:
     """Load the plays of one split, or all 38.
 
@@ -69,6 +59,12 @@ def load_shakespeare(split: str | None = None) -> tuple[Play, ...]:
         >>> [play.title for play in load_shakespeare("test")]
         ["A Midsummer Night's Dream", 'Macbeth', 'Richard III']
     """
-    if split is not None and split not in SPLITS:
-        raise ConfigError(f"split={split!r}; use one of {', '.join(SPLITS)}, or None for all plays")
-    return tuple(play for play in _all_plays() if split in (None, play.split))
+    splits = ("train", "validation", "test")
+    if split not in (None, *splits):
+        raise ConfigError(f"split={split!r}; use one of {', '.join(splits)}, or None for all plays")
+    records = json.loads(lzma.decompress(read_asset("shakespeare.json.xz")))
+    return tuple(
+        Play(**{**record, "scenes": tuple(Scene(**scene) for scene in record["scenes"])})
+        for record in records
+        if split in (None, record["split"])
+    )

@@ -88,7 +88,7 @@ class Row:
         return "; ".join(parts)
 
 
-def _scaled(value: float | None, unit: str = "", digits: int = 3) -> str:
+def _scaled(value: int | float | None, unit: str = "", digits: int = 3) -> str:
     """1234567 -> '1.23 M'. None -> '-'."""
     if value is None:
         return "-"

@@ -80,6 +80,18 @@ class LanguageModel(Protocol):
         """
 
 
+def central_interval(values: Float[np.ndarray, " samples"], level: float) -> tuple[float, float]:
+    """The interval that holds the central `level` of some values.
+
+    Raises:
+        ConfigError: If `level` is not between 0 and 1.
+    """
+    if not 0 < level < 1:
+        raise ConfigError(f"level={level}; use a fraction between 0 and 1, such as 0.95")
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
 @dataclass(frozen=True, eq=False)
 class Score:
     """What a model paid for each scene of each play.
@@ -91,8 +103,8 @@ class Score:
     """
 
     plays: tuple[str, ...]
-    bits: tuple[Float[np.ndarray, " scenes"], ...]
-    n_bytes: tuple[Float[np.ndarray, " scenes"], ...]
+    bits: tuple[Float[np.ndarray, "_"], ...]
+    n_bytes: tuple[Float[np.ndarray, "_"], ...]
 
     @property
     def bits_per_byte(self) -> float:
@@ -124,7 +136,7 @@ class Score:
         self, samples: int = 2000, seed: int = 0, level: float = 0.95
     ) -> tuple[float, float]:
         """The central `level` of `resampled`."""
-        return _central(self.resampled(samples, seed), level)
+        return central_interval(self.resampled(samples, seed), level)
 
 
 @dataclass(frozen=True)
@@ -141,44 +153,55 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
-def _central(values: Float[np.ndarray, " samples"], level: float) -> tuple[float, float]:
-    if not 0 < level < 1:
-        raise ConfigError(f"level={level}; use a fraction between 0 and 1, such as 0.95")
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def _token_log_probs(
+def windowed_log_probs(
     model: LanguageModel, ids: Int[np.ndarray, " seq"], batch_size: int
 ) -> Float[np.ndarray, " seq"]:
-    """Log-probability of every id of one play, by windows that overlap by half."""
+    """Log-probability of every id of one text, by windows that overlap by half.
+
+    The first window counts whole. Each later one moves on by half its length, and only its new
+    half counts, so that every id has at least half a window before it.
+
+    Raises:
+        ConfigError: If the model's window is shorter than 2.
+    """
     size = model.max_seq_len
     if size is None or len(ids) <= size:
-        return np.asarray(model.log_probs(ids[None])[0])
+        return np.asarray(model.log_probs(ids[None])[0], dtype=np.float64)
     if size < 2:
         raise ConfigError(f"max_seq_len={size}; a sliding window needs at least 2")
     stride = size // 2
-    result = np.empty(len(ids))
-    result[:size] = model.log_probs(ids[None, :size])[0]
-    starts = list(range(stride, len(ids) - size + 1, stride))
+    starts = [*range(0, len(ids) - size, stride), len(ids) - size]  # the last one ends the text
+    result = np.full(len(ids), np.nan)
     for first in range(0, len(starts), batch_size):
         group = starts[first : first + batch_size]
         rows = model.log_probs(np.stack([ids[start : start + size] for start in group]))
         for start, row in zip(group, rows, strict=True):
-            result[start + size - stride : start + size] = row[size - stride :]
-    done = size if not starts else starts[-1] + size
-    if done < len(ids):  # what is left is shorter than a stride
-        start = len(ids) - size
-        result[done:] = model.log_probs(ids[None, start:])[0, done - start :]
+            known = 0 if start == 0 else size - stride  # ids that an earlier window has counted
+            result[start + known : start + size] = row[known:]
     return result
+
+
+def token_pieces(tokenizer: Tokenizer, ids: Sequence[int], play: Play) -> list[bytes]:
+    """The bytes of each token of a play.
+
+    Raises:
+        DataError: If the pieces do not join to the play's text.
+    """
+    bytes_of = {token: tokenizer.token_bytes(token) for token in set(ids)}
+    pieces = [bytes_of[token] for token in ids]
+    if b"".join(pieces) != play.data:
+        raise DataError(
+            f"{play.slug}: the tokens stand for {sum(map(len, pieces))} bytes that are not the "
+            f"text's {len(play.data)}; bits per byte needs a tokenizer that loses nothing"
+        )
+    return pieces
 
 
 def score(model: LanguageModel, plays: Sequence[Play], batch_size: int = 16) -> Score:
     """Measure a model on whole plays.
 
-    A model with a bounded context sees windows of `max_seq_len` tokens that move by half their
-    length; only the new half counts, so that each token but the first ones has at least half a
-    window before it. A token belongs to the scene in which it begins.
+    A model with a bounded context sees the play through `windowed_log_probs`. A token belongs to
+    the scene in which it begins.
 
     Args:
         model: Any `LanguageModel`.
@@ -186,34 +209,28 @@ def score(model: LanguageModel, plays: Sequence[Play], batch_size: int = 16) -> 
         batch_size: Windows in one call of `log_probs`.
 
     Raises:
-        ConfigError: If there are no plays.
+        ConfigError: If there are no plays, or `batch_size` is below 1.
         DataError: If the tokens' bytes are not the play's, or a log-probability is NaN or > 0.
     """
     if not plays:
         raise ConfigError("no plays to score; pass load_shakespeare('validation') or ('test')")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size}; use at least 1 window a call")
     bits, n_bytes = [], []
     for play in plays:
-        ids = np.asarray(model.tokenizer.encode(play.text), dtype=np.int64)
-        width = np.zeros(model.tokenizer.vocab_size, dtype=np.int64)
-        for token in np.unique(ids):
-            width[token] = len(model.tokenizer.token_bytes(int(token)))
-        ends = np.cumsum(width[ids])
-        if ends[-1] != len(play.data):
-            raise DataError(
-                f"{play.slug}: the tokens stand for {ends[-1]} bytes, the text has "
-                f"{len(play.data)}; bits per byte needs a tokenizer that loses nothing"
-            )
-        log_probs = np.asarray(_token_log_probs(model, ids, batch_size), dtype=np.float64)
+        ids = model.tokenizer.encode(play.text)
+        widths = np.array([len(piece) for piece in token_pieces(model.tokenizer, ids, play)])
+        log_probs = windowed_log_probs(model, np.array(ids), batch_size)
         if not np.all(log_probs <= 1e-6):  # NaN fails the comparison too
             worst = int(np.flatnonzero(~(log_probs <= 1e-6))[0])
             raise DataError(
                 f"{play.slug}: log-probability {log_probs[worst]} at token {worst}; "
                 "wanted a number that is not above 0"
             )
-        boundaries = np.array([scene.end for scene in play.scenes])
-        home = np.searchsorted(boundaries, ends - width[ids], side="right")
-        bits.append(np.bincount(home, -log_probs / math.log(2), minlength=len(boundaries)))
-        n_bytes.append(np.bincount(home, width[ids], minlength=len(boundaries)))
+        scene_ends = np.array([scene.end for scene in play.scenes])
+        scene = np.searchsorted(scene_ends, np.cumsum(widths) - widths, side="right")
+        bits.append(np.bincount(scene, -log_probs / math.log(2), minlength=len(scene_ends)))
+        n_bytes.append(np.bincount(scene, widths, minlength=len(scene_ends)))
     return Score(tuple(play.slug for play in plays), tuple(bits), tuple(n_bytes))
 
 
@@ -230,5 +247,5 @@ def compare(a: Score, b: Score, samples: int = 2000, seed: int = 0) -> Differenc
     """
     if a.plays != b.plays:
         raise ConfigError(f"scores of different plays: {a.plays} and {b.plays}; score both alike")
-    low, high = _central(a.resampled(samples, seed) - b.resampled(samples, seed), 0.95)
+    low, high = central_interval(a.resampled(samples, seed) - b.resampled(samples, seed), 0.95)
     return Difference(a.bits_per_byte - b.bits_per_byte, low, high)

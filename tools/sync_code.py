@@ -11,6 +11,7 @@ Text is compared, never meaning. Without `--write` a difference is printed and t
 import ast
 import builtins
 import difflib
+import re
 import symtable
 import sys
 import textwrap
@@ -107,8 +108,7 @@ def _needs(code: str) -> set[str]:
 
 def _defines(code: str) -> set[str]:
     """The names that a cell leaves in the notebook."""
-    plain = "\n".join("pass" if line.lstrip()[:1] in "%!" and line.strip() else line
-                      for line in code.splitlines())  # fmt: skip
+    plain = re.sub(r"^(\s*)[%!].*$", r"\1pass", code, flags=re.MULTILINE)
     names: set[str] = set()
     for node in ast.walk(ast.parse(plain)):
         if isinstance(node, ast.Import | ast.ImportFrom):

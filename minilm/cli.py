@@ -1,0 +1,165 @@
+"""The command line: `minilm COMMAND`. What a command needs is imported when it runs."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from minilm.errors import ConfigError, DataError, MinilmError
+
+if TYPE_CHECKING:
+    from minilm.ngram import NGramModel
+
+__all__ = ["main"]
+
+
+def grade(
+    paths: tyro.conf.Positional[tuple[Path, ...]] = (),
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    timeout: float = 60.0,
+) -> int:
+    """Run notebooks of exercises in a fresh kernel and add up their points.
+
+    The notebooks' code runs on this machine; the notebooks themselves are only read. Without a
+    path: progress over all notebooks in ./exercises. Exits with 1 below full marks, with 2 if a
+    notebook cannot be graded.
+
+    Args:
+        paths: Notebooks, or folders of notebooks.
+        json_file: Also write the result to this file.
+        timeout: Seconds that each cell may take.
+    """
+    from minilm.exercises import grade as grading
+
+    files = grading.notebooks(paths)
+    reports = []
+    for number, path in enumerate(files, start=1):
+        print(f"Running the code of {path} on this machine ({number} of {len(files)})", flush=True)
+        reports.append(grading.grade(path, timeout))
+    if files == list(paths)[:1]:
+        print(grading.details(reports[0]))
+    else:
+        print(grading.progress(reports))
+    result = grading.as_json(reports)
+    if json_file is not None:
+        _write(json_file, json.dumps(result, indent=1) + "\n")
+    return 0 if result["points"] == result["of"] else 1
+
+
+def ledger() -> int:
+    """Print the book's table: bits per byte of each model on the test plays, and its costs."""
+    from minilm import ledger as table
+
+    print(table.table(table.rows()))
+    return 0
+
+
+def sample(
+    prompt: str = "HAMLET:\n",
+    order: int = 6,
+    temperature: float = 0.8,
+    n_bytes: Annotated[int, tyro.conf.arg(name="bytes")] = 400,
+    seed: int = 0,
+) -> int:
+    """Continue a text with the n-gram model of chapter 01, fitted on the training plays.
+
+    Args:
+        prompt: The text to continue.
+        order: Bytes in an n-gram, 1 to 8.
+        temperature: Below 1 prefers the probable; 0 always takes the most probable byte.
+        n_bytes: Bytes to add.
+        seed: Equal seeds give equal texts.
+    """
+    from minilm import ngram
+
+    print(prompt + ngram.sample(_ngram_model(order), prompt, n_bytes, temperature, seed))
+    return 0
+
+
+def score(files: tyro.conf.Positional[tuple[Path, ...]], order: int = 6) -> int:
+    """Print bits per byte of any files: gzip, xz, and the n-gram model of the training plays.
+
+    Args:
+        files: Files to measure, each on its own.
+        order: Bytes in an n-gram, 1 to 8.
+    """
+    import gzip
+    import lzma
+    import math
+
+    import numpy as np
+
+    if not files:
+        raise ConfigError("no file; name one or more, as in: minilm score README.md")
+    contents = [_read(path) for path in files]
+    model = _ngram_model(order)
+    print(f"{'gzip':>7} {'xz':>7} {f'{order}-gram':>7}   bits per byte")
+    for path, data in zip(files, contents, strict=True):
+        log_probs = model.log_probs(np.frombuffer(data, dtype=np.uint8)[None].astype(np.int64))
+        bits = [
+            8 * len(gzip.compress(data, 9)),
+            8 * len(lzma.compress(data, preset=9)),
+            -float(log_probs.sum()) / math.log(2),
+        ]
+        print(*(f"{each / len(data):7.3f}" for each in bits), f" {path}")
+    return 0
+
+
+def _ngram_model(order: int) -> "NGramModel":
+    from minilm.corpus import load_shakespeare
+    from minilm.ngram import count_ngrams, kneser_ney
+
+    plays = load_shakespeare("train")
+    return kneser_ney(count_ngrams([play.data for play in plays], order))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    if not data:
+        raise DataError(f"{path} is empty; bits per byte needs a byte")
+    return data
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}") from error
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "grade": grade,
+    "ledger": ledger,
+    "sample": sample,
+    "score": score,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 1 below full marks, 2 cannot be done as asked."""
+    code: int
+    try:
+        code = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="minilm",
+            description="Language models from counting bytes up, with the book's exercises.",
+            args=None if arguments is None else list(arguments),
+        )
+    except MinilmError as error:
+        print(f"minilm: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # the reader of our output has gone: `minilm ledger | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
