@@ -88,7 +88,7 @@ def test_every_public_name_has_a_home_chapter():
 
 
 def test_a_name_without_a_chapter_is_found():
-    assert "ngram.KneserNey" in homeless([]) and "corpus.load_shakespeare" in homeless([])
+    assert "ngram.kneser_ney" in homeless([]) and "corpus.load_shakespeare" in homeless([])
 
 
 def test_the_median_chapter_is_quick():
