@@ -2,10 +2,10 @@
 
     python benchmarks/compressors.py
 
-Writes minilm/assets/results/compressors.json: for each compressor and play the size in bytes of what
-is compressed up to the end of each scene. The price of a scene is the difference of two such sizes.
-Alone, the first size is 0, so that the first scene pays for the file's header. After the training
-plays, it is the size of the compressed training plays. Takes about 4 minutes of one core.
+Writes minilm/assets/results/compressors.json: for each compressor and play the size in bytes of
+what is compressed up to the end of each scene. The price of a scene is the difference of two such
+sizes. Alone, the first size is 0, so that the first scene pays for the file's header. After the
+training plays, it is the size of the compressed training plays. Takes about 4 minutes of one core.
 """
 
 import bz2

@@ -407,7 +407,7 @@ def cross_entropy(
 ) -> Float[Tensor, ""]:
     """Return the mean of -log softmax(logits)[target], in nats.
 
-    Equal to picking from `log_softmax`, with one rule in place of seven: the gradient is the
+    Equal to picking from `log_softmax`, with one rule in place of ten: the gradient is the
     predicted probability, less one at the target, over the number of targets.
 
     Args:
