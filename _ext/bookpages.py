@@ -111,6 +111,10 @@ def module_of(name: str) -> str:
     return next((module for module in longest if module in modules()), parts[0])
 
 
+def label(kind: str, text: str) -> str:
+    return f"{kind}-{nodes.make_id(text)}"
+
+
 def slug(title: str) -> str:
     """The anchor that MyST gives to a heading."""
     return default_slugify(re.sub(r"[*`]", "", title).strip())
@@ -192,10 +196,8 @@ class Terms(Computed):
                 raise self.error(f"got {line!r}, wanted 'term | Chinese | definition'")
             names, chinese, definition = parts
             term, _, bold = names.partition(" = ")
-            where = f"{{ref}}`{label('term', bold or term)}`"
-            blocks.append(
-                f"{term} [{chinese}]{{.language-zh}}\n: {definition} Defined in: {where}."
-            )
+            where = f"Defined in: {{ref}}`{label('term', bold or term)}`."
+            blocks.append(f"{term} [{chinese}]{{.language-zh}}\n: {definition} {where}")
         return "{.terms}\n" + "\n\n".join(blocks)
 
 

@@ -91,11 +91,6 @@ def test_a_name_without_a_chapter_is_found():
     assert "ngram.kneser_ney" in homeless([]) and "corpus.load_shakespeare" in homeless([])
 
 
-def test_the_median_chapter_is_quick():
-    seconds = [common.read(path).metadata["minilm"]["seconds"] for path in CHAPTERS]
-    assert sum(seconds) / len(seconds) <= 45
-
-
 # Each check can fail: one character, one alternative text, one digit, one import.
 
 

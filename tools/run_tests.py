@@ -68,7 +68,9 @@ def main(arguments: list[str]) -> int:
     run = command(arguments)
     build_wheel()
     notebooks_apart()
-    environment = os.environ | {"PYTHONPATH": str(SITE)}
+    # two workers on two cores: more threads would wait for each other, spinning
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    environment = os.environ | threads | {"PYTHONPATH": str(SITE)}
     return subprocess.run(run, cwd=ROOT, env=environment, check=False).returncode
 
 

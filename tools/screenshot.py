@@ -26,7 +26,7 @@ def main() -> None:
             settle(page)
             device, scheme = "phone" if width == PHONE else "desktop", "dark" if dark else "light"
             path = arguments.out / f"{name.replace('/', '-')}-{device}-{scheme}.png"
-            page.screenshot(path=path, full_page=True)
+            page.screenshot(path=path, full_page=True, animations="disabled")
             print(path)
             page.context.close()
 
