@@ -33,8 +33,8 @@ lab: $(VENV)/.book  ## open the notebooks in JupyterLab
 
 refresh: $(VENV)/.test  ## bring notebooks, ledger and exercises up to date with the package
 	$(BIN)/python tools/sync_code.py --write
-	$(BIN)/python tools/student.py --write
 	$(BIN)/python tools/refresh.py $(NB)
+	$(BIN)/python tools/student.py --write
 	$(BIN)/python tools/ledger.py --write
 
 lint: $(VENV)/.test  ## style, types, layers
