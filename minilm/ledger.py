@@ -42,15 +42,15 @@ class Row:
 
     model: str
     chapter: int
-    bits_per_byte: float
-    low: float | None = None
-    high: float | None = None
+    bits_per_byte: float | int
+    low: float | int | None = None
+    high: float | int | None = None
     parameters: int | None = None
     bytes_on_disk: int | None = None
-    train_flops: float | None = None
-    train_seconds: float | None = None
-    watts: float = 20.0
-    tokens_per_second: float | None = None
+    train_flops: float | int | None = None
+    train_seconds: float | int | None = None
+    watts: float | int = 20.0
+    tokens_per_second: float | int | None = None
     note: str = ""
 
     def __post_init__(self) -> None:

@@ -85,7 +85,7 @@ def run_starts(ascending: UInt64[np.ndarray, " n"]) -> Int[np.ndarray, " runs"]:
     """Where each run of equal values begins.
 
     Example:
-        >>> run_starts(np.array([3, 3, 3, 5, 9, 9]))
+        >>> run_starts(np.array([3, 3, 3, 5, 9, 9], dtype=np.uint64))
         array([0, 3, 4])
     """
     return np.flatnonzero(np.append(True, ascending[1:] != ascending[:-1]))

@@ -67,8 +67,9 @@ def public_names() -> dict[str, list[str]]:
         loaded = importlib.import_module(f"minilm.{module}")
         for name in loaded.__all__:
             own = vars(getattr(loaded, name)) if inspect.isclass(getattr(loaded, name)) else {}
-            public = [m for m, value in own.items() if m[0] != "_" and callable(value)]
-            names[f"{module}.{name}"] = [f"{module}.{name}.{m}" for m in public]
+            public = [value for m, value in own.items() if m[0] != "_" and callable(value)]
+            # `sum = _sum` in a class is shown where `_sum` is
+            names[f"{module}.{name}"] = [f"{module}.{value.__qualname__}" for value in public]
     return names
 
 
