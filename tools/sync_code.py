@@ -3,9 +3,9 @@
     python tools/sync_code.py [--write] [NOTEBOOK ...]     (default: all chapters)
 
 A code cell with the tag `minilm:ngram.KneserNey` holds exactly the source of that definition in
-`minilm/ngram.py`; several tags, several definitions, two empty lines between them. A method is
-shown as its `def`, without the class around it. The tag `minilm-nodoc:` leaves docstrings out.
-Text is compared, never meaning. Without `--write` a difference is printed and the exit code is 1.
+`minilm/ngram.py`; several tags, several definitions, one below the other. A method is shown as its
+`def`, without the class around it. The tag `minilm-nodoc:` leaves docstrings out. Text is compared,
+never meaning. Without `--write` a difference is printed and the exit code is 1.
 """
 
 import ast
@@ -15,6 +15,7 @@ import re
 import symtable
 import sys
 import textwrap
+from itertools import pairwise
 from pathlib import Path
 
 from common import ROOT, chapters, chosen, read, shown, write
@@ -88,6 +89,14 @@ def source(dotted: str, docstring: bool = True) -> str:
     return textwrap.dedent("\n".join(kept))
 
 
+def joined(definitions: list[str]) -> str:
+    """Definitions one below the other: two empty lines between them, none between constants."""
+    text = definitions[0]
+    for above, below in pairwise(definitions):
+        text += ("\n\n\n" if "\n" in above + below else "\n") + below
+    return text
+
+
 def _needs(code: str) -> set[str]:
     """The names that a piece of code takes from its notebook."""
     top = symtable.symtable(code, "cell", "exec")
@@ -129,7 +138,7 @@ def check(path: Path, fix: bool) -> list[str]:
         where = f"{path.name} cell {index}"
         if names := shown(cell):
             try:
-                want = "\n\n\n".join(source(name, doc) for name, doc in names)
+                want = joined([source(name, doc) for name, doc in names])
             except LookupError as error:
                 complaints.append(f"{where}: {error}")
                 continue

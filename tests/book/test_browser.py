@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser import DESKTOP, PHONE, chromium, find_chromium, open_page, serve, settle
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 pytestmark = [
     pytest.mark.browser,
@@ -49,13 +49,13 @@ def browser() -> Iterator[Browser]:
 def listen(page: Page, address: str, complaints: list[str]) -> None:
     """Note errors of the page's scripts, answers that say no, and requests to other sites."""
 
-    def request(sent) -> None:
-        if not sent.url.startswith((address, "data:", "blob:")):
-            complaints.append(f"off-site: {sent.url}")
+    def refuse(route: Route) -> None:
+        complaints.append(f"off-site: {route.request.url}")
+        route.abort()
 
+    page.route(lambda url: not url.startswith((address, "data:", "blob:")), refuse)
     page.on("console", lambda m: m.type == "error" and complaints.append(f"console: {m.text}"))
     page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
-    page.on("request", request)
     page.on("response", lambda r: r.status >= 400 and complaints.append(f"{r.status}: {r.url}"))
 
 
