@@ -77,6 +77,7 @@ def texts_and_bytes(rng: np.random.Generator) -> Iterator[tuple[list[Array], lis
         log_probs = [-rng.exponential(1 + k, size=n) for k, n in enumerate(lengths)]
         yield log_probs, [int(n * rng.integers(2, 5)) for n in lengths]
     yield [np.zeros(3), -np.ones(5)], [3, 10]
+    yield [np.full(1000, -2.0)], [4000]  # a probability that no float can hold
 
 
 def _totals(log_probs: Sequence[Array]) -> list[float]:
@@ -125,6 +126,14 @@ BITS_PER_BYTE = Implement(
             lambda log_probs, n_bytes: np.exp(-sum(_totals(log_probs)) / sum(n_bytes)),
             "That is a perplexity: bits per byte is the exponent, before anything is raised to it.",
         ),
+        Mistake(
+            "back to probabilities",
+            lambda log_probs, n_bytes: (
+                -sum(np.log2(np.exp(t)) for t in _totals(log_probs)) / sum(n_bytes)
+            ),
+            "The probability of a long text is too small for a float: add up logarithms, and do "
+            "not go back to probabilities.",
+        ),
     ),
 )
 
@@ -149,7 +158,7 @@ def bigram_cases(rng: np.random.Generator) -> Iterator[tuple[Array, float]]:
     for size, discount in ((4, 0.75), (6, 0.5), (9, 0.1)):
         counts = rng.poisson(1.2, size=(size, size)) * rng.integers(1, 9, size=(size, size))
         counts[0, :2] = 7, 1
-        counts[2] = 0  # never a context
+        counts[[2, *((4, -1) if size > 4 else ())]] = 0  # never contexts
         counts[:, 3] = 0
         counts[1, 3] = 40  # frequent, after one context only
         yield counts, discount
@@ -173,6 +182,14 @@ def _variant(
         return np.asarray(np.where(total > 0, kept, 0) + np.where(total > 0, given, unseen) * below)
 
     return smoothed
+
+
+def _first_mended(counts: Array, discount: float) -> Array:
+    """Only the first context that was never seen passes everything on."""
+    rows, right = _variant(unseen=0.0)(counts, discount), kneser_ney_bigram(counts, discount)
+    place = int((counts.sum(axis=1) == 0).argmax())
+    rows[place] = right[place]
+    return rows
 
 
 def rows_sum_to_one(
@@ -222,6 +239,11 @@ KNESER_NEY = Implement(
             "to the lower order.",
         ),
         Mistake(
+            "one unseen context mended",
+            _first_mended,
+            "You mend one context that was never seen; there may be several.",
+        ),
+        Mistake(
             "nothing passed on",
             _variant(passed=lambda counts, discount: np.zeros((len(counts), 1))),
             "You take the discount and pass nothing on, so unseen bytes stay impossible.",
@@ -249,10 +271,23 @@ def mixing_cases(rng: np.random.Generator) -> Iterator[tuple[Array, Array, float
     """Counts with rows of zeros, a lower order that is a distribution."""
     for contexts, size, keep in ((3, 4, 0.7), (6, 5, 0.4), (1, 3, 0.9)):
         counts = rng.integers(0, 6, size=(contexts, size))
-        counts[-1] = 0  # a context that was never seen
+        counts[[0, 2, -1] if contexts > 3 else [-1]] = 0  # contexts that were never seen
         lower = rng.uniform(0.1, 1, size=size)
         yield counts, lower / lower.sum(), keep
     yield np.array([[2, 0], [1, 1]]), np.array([0.9, 0.1]), 0.5
+
+
+def _one_row_mended(last: bool) -> Callable[[Array, Array, float], Array]:
+    """The bug mended for a single context that was never seen."""
+
+    def mended(counts: Array, lower: Array, keep: float) -> Array:
+        rows = np.asarray(keep * _rate(counts, 1) + (1 - keep) * lower)
+        unseen = np.flatnonzero(counts.sum(axis=1) == 0)
+        if len(unseen):
+            rows[unseen[-1 if last else 0]] = lower
+        return rows
+
+    return mended
 
 
 def _rate(counts: Array, axis: int | None) -> Array:
@@ -274,6 +309,16 @@ INTERPOLATE = Debug(
             "unseen context loses mass",
             lambda counts, lower, keep: keep * _rate(counts, 1) + (1 - keep) * lower,
             "Look at the row of a context that was never seen: it does not sum to one.",
+        ),
+        Mistake(
+            "first unseen context mended",
+            _one_row_mended(last=False),
+            "You mend the first context that was never seen; there may be several.",
+        ),
+        Mistake(
+            "last unseen context mended",
+            _one_row_mended(last=True),
+            "You mend the last context that was never seen; there may be others before it.",
         ),
         Mistake(
             "unseen context uniform",

@@ -142,6 +142,7 @@ def graphs(rng: np.random.Generator) -> Iterator[Graph]:
     yield [[], [(0, 3.0)], [(1, 2.0)]]  # a chain
     yield [[], [(0, 5.0), (0, 5.0)]]  # a square
     yield [[], [(0, 2.0)], [(0, 3.0), (1, 4.0)], [(2, 5.0)]]  # two paths of different length
+    yield [[], [(0, 2.0)], [(1, 3.0)], [(1, 1.0), (1, 1.0), (2, 1.0)]]  # used twice by one node
     yield [[], [(0, 2.0)], [(1, 3.0)], [(2, 1.0), (0, 7.0)], [(3, 2.0), (1, 1.0)], [(4, -1.0)]]
     for _ in range(3):
         graph: Graph = [[], [(0, 1.0)]]
@@ -213,6 +214,21 @@ def recursive(root: Node) -> list[Node]:
     return order[::-1]
 
 
+def consumers_once(root: Node) -> list[Node]:
+    """Kahn's order, but a node that uses another twice counts as one use."""
+    uses: dict[Node, int] = {}
+    for node in breadth_first(root):
+        for parent in {parent for parent, _ in node.edges}:
+            uses[parent] = uses.get(parent, 0) + 1
+    order = [root]
+    for node in order:
+        for parent, _ in node.edges:
+            uses[parent] -= 1
+            if uses[parent] == 0:
+                order.append(parent)
+    return order
+
+
 DEEP = (
     "Your walk calls itself for every node, and Python stops at about 1,000 nested calls: "
     "a chain of 20,000 nodes must work."
@@ -227,6 +243,42 @@ def works_on_a_long_chain(
     except RecursionError:
         return DEEP
     return None if got[0] == 1.0 else f"A chain of 20,000 slopes of 1 gives {got[0]}, wanted 1."
+
+
+class TooManyReadsError(Exception):
+    """A walk has looked at the edges of a small graph more often than it needs to."""
+
+
+class CountedEdges(list[tuple[Node, float]]):
+    """Edges that count how often they are walked along."""
+
+    left = 0
+
+    def __iter__(self) -> Iterator[tuple[Node, float]]:
+        CountedEdges.left -= 1
+        if CountedEdges.left < 0:
+            raise TooManyReadsError
+        return super().__iter__()
+
+
+PATHS = (
+    "You walk along every path, and their number doubles with each node that is used twice: "
+    "visit each node once."
+)
+
+
+def visits_each_node_once(
+    backward: Callable[[Node], object], rng: np.random.Generator
+) -> str | None:
+    nodes = build([[], *([(i, 0.5), (i, 0.5)] for i in range(40))])  # 2**40 paths
+    for node in nodes:
+        node.edges = CountedEdges(node.edges)
+    CountedEdges.left = 100 * len(nodes)
+    try:
+        backward(nodes[-1])
+    except TooManyReadsError:
+        return PATHS
+    return None if nodes[0].grad == 1.0 else f"40 doublings give {nodes[0].grad}, wanted 1."
 
 
 # measure: the gain that keeps ReLU activations level
@@ -247,8 +299,8 @@ QUESTIONS = (
             Mistake(
                 "twice the forward pass",
                 lambda batch, d_in, d_hidden, d_out: 4 * batch * d_hidden * (d_in + d_out),
-                "That is twice the forward pass; but the contexts are data, and nobody asks for "
-                "the gradient of data.",
+                "That is twice the forward pass; but the input is data, and nobody asks for its "
+                "gradient.",
             ),
             Mistake(
                 "forward only",
@@ -306,6 +358,15 @@ QUESTIONS = (
                 lambda x, w, g: (g @ w.T, (x @ g).sum(axis=0)),
                 "The gradient of w multiplies x and g without a transpose: this fits only when "
                 "the sizes happen to be equal.",
+            ),
+            Mistake(
+                "reshaped for transposed",
+                lambda x, w, g: (
+                    g @ w.T,
+                    x.reshape(x.shape[-1], -1) @ g.reshape(-1, g.shape[-1]),
+                ),
+                "A reshape is not a transpose: your gradient of w has the right shape and "
+                "mixed-up entries.",
             ),
             Mistake(
                 "transpose of the gradient of w",
@@ -392,7 +453,7 @@ QUESTIONS = (
         cases=lambda rng: ((graph,) for graph in graphs(rng)),
         run=run_backward,
         forbid=("autograd.topological_order", "autograd.Tensor.backward"),
-        probes=(works_on_a_long_chain,),
+        probes=(works_on_a_long_chain, visits_each_node_once),
         mistakes=(
             Mistake(
                 "assigned",
@@ -411,6 +472,12 @@ QUESTIONS = (
                 lambda root: walk(root, order=breadth_first),
                 "Contributions add up now, but a node hands its gradient on before all of them "
                 "have arrived: see a node that is reached by a short path and a long one.",
+            ),
+            Mistake(
+                "two uses counted once",
+                lambda root: walk(root, order=consumers_once),
+                "You count a node that uses another twice as one use, so that one hands on its "
+                "gradient too early.",
             ),
             Mistake(
                 "inputs first",

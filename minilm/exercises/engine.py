@@ -553,7 +553,13 @@ def check(name: str, answer: object) -> Result:
     Raises:
         ConfigError: If there is no such question.
     """
-    result = judge(find(name), answer)
+    question = find(name)
+    home = getattr(getattr(answer, "func", answer), "__module__", None) or ""
+    if callable(answer) and home.startswith("minilm."):
+        said = f"Your answer comes from {home}: write it yourself."
+        result = Result(question.name, 0, question.points, said)
+    else:
+        result = judge(question, answer)
     print(result, flush=True)  # noqa: T201  a learner reads it
     if path := os.environ.get(REPORT_FILE):
         line = {
