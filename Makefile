@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 OUT    := _build/html
 
-.PHONY: help book test lab refresh lint pdf clean
+.PHONY: help book test weights lab refresh lint pdf clean
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
 
@@ -25,10 +25,13 @@ book: $(VENV)/.book  ## build the book into _build/html
 	$(BIN)/jupyter-book build . -W -n --keep-going
 	@echo "open $(OUT)/index.html"
 
-test: $(VENV)/.book $(VENV)/.test  ## test the package, the notebooks, the exercises and the built book
+weights: $(VENV)/.book  ## download SmolLM2-135M into the user's cache (93 MB, once)
+	$(BIN)/minilm fetch smollm2-135m
+
+test: $(VENV)/.book $(VENV)/.test weights  ## test the package, the notebooks, the exercises and the built book
 	$(BIN)/python tools/run_tests.py $(ARGS)
 
-lab: $(VENV)/.book  ## open the notebooks in JupyterLab
+lab: $(VENV)/.book weights  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab chapters
 
 refresh: $(VENV)/.test  ## bring notebooks, ledger and exercises up to date with the package

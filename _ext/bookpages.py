@@ -112,7 +112,8 @@ def module_of(name: str) -> str:
 
 
 def label(kind: str, text: str) -> str:
-    return f"{kind}-{nodes.make_id(text)}"
+    """The anchor of a term or of a definition; a page has typographic apostrophes."""
+    return f"{kind}-{nodes.make_id(text.replace('’', chr(39)))}"
 
 
 def slug(title: str) -> str:

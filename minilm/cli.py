@@ -3,16 +3,18 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from minilm.errors import ConfigError, DataError, MinilmError
 
 if TYPE_CHECKING:
+    from minilm.model import Transformer
     from minilm.ngram import NGramModel
+    from minilm.tokenizer import BPETokenizer
 
 __all__ = ["main"]
 
@@ -55,6 +57,102 @@ def ledger() -> int:
     from minilm import ledger as table
 
     print(table.table(table.rows()))
+    return 0
+
+
+def fetch(name: tyro.conf.Positional[str] = "smollm2-135m") -> int:
+    """Download a pretrained model into the user's cache, once, and print where it is.
+
+    Args:
+        name: The model.
+    """
+    from minilm import assets
+
+    print(assets.fetch(name))
+    return 0
+
+
+def generate(
+    prompt: tyro.conf.Positional[str],
+    model: str = "smollm2-135m",
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> int:
+    """Continue a text with a pretrained model, token by token.
+
+    Args:
+        prompt: The text to continue, in quotes.
+        model: smollm2-135m (93 MB, downloaded once), a .gguf file, or a Hugging Face folder.
+        max_new_tokens: Tokens to add; the model may end the text earlier.
+        temperature: Below 1 prefers the probable; 0 always takes the most probable token.
+        top_k: Choose among so many tokens only.
+        seed: Equal seeds give equal texts.
+        device: Where to compute; auto takes a GPU where there is one.
+    """
+    from minilm.pretrained import stream_text
+
+    network, tokenizer = _pretrained(model, device)
+    ids = tokenizer.encode(prompt, allow_special=False) or [network.begin_id]
+    print(prompt, end="", flush=True)
+    _print_pieces(stream_text(network, ids, max_new_tokens, temperature, top_k, seed))
+    return 0
+
+
+def chat(
+    model: str = "smollm2-135m",
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> int:
+    """Talk with a pretrained model: each line of the input is a message.
+
+    It ends with the input: Ctrl-D on a terminal.
+
+    Args:
+        model: A chat model: smollm2-135m, a .gguf file, or a Hugging Face folder.
+        system: What the model is told before all else; without it, the model's usual sentence.
+        max_new_tokens: Tokens in the longest reply.
+        temperature: Below 1 prefers the probable; 0 always takes the most probable token.
+        top_k: Choose among so many tokens only.
+        seed: Equal seeds and equal messages give equal replies.
+        device: Where to compute; auto takes a GPU where there is one.
+    """
+    from minilm.pretrained import Chat
+
+    choices = {"temperature": temperature, "top_k": top_k, "seed": seed}
+    conversation = Chat(_pretrained(model, device)[0], system, max_new_tokens, **choices)
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        print(prompt, end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return 0
+        if line.strip():
+            _print_pieces(conversation.stream(line.strip()))
+
+
+def export(
+    folder: tyro.conf.Positional[Path],
+    to: Literal["hf"] = "hf",
+    model: str = "smollm2-135m",
+) -> int:
+    """Write a model as a folder that transformers opens, with its tokenizer.
+
+    Args:
+        folder: A new folder.
+        to: Its form; hf: config.json, model.safetensors and tokenizer.json, as on the Hub.
+        model: smollm2-135m, a .gguf file, or a Hugging Face folder.
+    """
+    from minilm.pretrained import export_hf, load_pretrained
+
+    export_hf(load_pretrained(model), folder)
+    print(folder)
     return 0
 
 
@@ -109,6 +207,29 @@ def score(files: tyro.conf.Positional[tuple[Path, ...]], order: int = 6) -> int:
     return 0
 
 
+def _pretrained(model: str, device: str) -> "tuple[Transformer, BPETokenizer]":
+    import torch
+
+    from minilm.device import default_device
+    from minilm.pretrained import load_pretrained
+    from minilm.tokenizer import BPETokenizer
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but PyTorch sees no GPU here; use --device cpu")
+    network = load_pretrained(model).to(default_device() if device == "auto" else device)
+    tokenizer = getattr(network, "tokenizer", None)
+    if not isinstance(tokenizer, BPETokenizer):
+        raise DataError(f"{model} has no tokenizer.json; fetch the whole folder")
+    return network, tokenizer
+
+
+def _print_pieces(pieces: Iterable[str]) -> None:
+    """Print as it comes, then end the line."""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
 def _ngram_model(order: int) -> "NGramModel":
     from minilm.corpus import load_shakespeare
     from minilm.ngram import count_ngrams, kneser_ney
@@ -137,6 +258,10 @@ def _write(path: Path, text: str) -> None:
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
+    "chat": chat,
+    "export": export,
+    "fetch": fetch,
+    "generate": generate,
     "grade": grade,
     "ledger": ledger,
     "sample": sample,

@@ -46,7 +46,7 @@ def test_help_imports_nothing_heavy(arguments):
 def test_help_lists_the_commands(capsys):
     code, out, err = run(capsys, "--help")
     assert (code, err) == (0, "")
-    assert all(name in out for name in ("grade", "ledger", "sample", "score"))
+    assert all(name in out for name in COMMANDS)
 
 
 def test_python_m_minilm():
@@ -95,9 +95,125 @@ def test_score_is_the_measure_of_the_book(capsys, tmp_path):
     assert out.splitlines()[1].split()[:3] == [f"{each:.3f}" for each in wanted]
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> str:
+    """A folder with a model that knows nothing, but has all that `generate` and `chat` need."""
+    import torch
+
+    from minilm.model import Transformer, llama_config
+    from minilm.pretrained import export_hf
+    from minilm.tokenizer import train_bpe
+
+    names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    tokenizer = train_bpe(["to be or not to be"], 270, special_tokens=names)
+    torch.manual_seed(0)
+    config = llama_config(tokenizer.vocab_size, 512, d_model=16, n_layers=1, n_heads=2)
+    folder = tmp_path_factory.mktemp("models") / "small"
+    export_hf(Transformer(config, tokenizer), folder)
+    return str(folder)
+
+
+def test_generate_continues_the_prompt_and_repeats_itself(capsys, small):
+    options = ["--model", small, "--max-new-tokens", "12", "--device", "cpu"]
+    code, out, err = run(capsys, "generate", "To be <|im_end|>", *options)
+    assert (code, err) == (0, "")
+    assert out.startswith("To be <|im_end|>") and out.endswith("\n")
+    assert run(capsys, "generate", "To be <|im_end|>", *options)[1] == out
+    warm = ["generate", "", *options, "--temperature", "1", "--top-k", "50", "--seed"]
+    first, again, other = (run(capsys, *warm, seed)[1] for seed in ("1", "1", "2"))
+    assert first == again != other
+
+
+def test_generate_prints_each_piece_when_it_comes(monkeypatch, small):
+    """What is flushed, one write a piece: the prompt, then characters, never half of one."""
+    from minilm import pretrained
+
+    written = []
+    monkeypatch.setattr(pretrained, "stream_text", lambda *_: iter(["", "é", " 🙂"]))
+    monkeypatch.setattr(
+        "builtins.print", lambda *a, end="\n", flush=False: written.append(("".join(a), end, flush))
+    )
+    with pytest.raises(SystemExit) as done:
+        main(["generate", "Hi", "--model", small])
+    assert done.value.code == 0
+    pieces = [("Hi", "", True), ("", "", True), ("é", "", True), (" 🙂", "", True)]
+    assert written == [*pieces, ("", "\n", False)]
+
+
+def test_chat_answers_each_line_of_a_pipe(capsys, monkeypatch, small):
+    import io
+
+    from minilm import pretrained
+
+    asked = []
+
+    def echo(model, ids, *_, **choices):
+        asked.append((model.tokenizer.decode(ids), choices["seed"]))
+        return iter(["so ", "said"])
+
+    monkeypatch.setattr(pretrained, "stream_text", echo)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who is there?\n\n  Nay, answer me\n"))
+    code, out, err = run(capsys, "chat", "--model", small, "--system", "Be brief.", "--seed", "3")
+    assert (code, out, err) == (0, "so said\nso said\n", "")
+    assert [seed for _, seed in asked] == [3, 3]
+    assert asked[1][0] == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWho is there?<|im_end|>\n"
+        "<|im_start|>assistant\nso said<|im_end|>\n<|im_start|>user\nNay, answer me<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_chat_in_a_real_pipe(small):
+    command = [sys.executable, "-m", "minilm", "chat", "--model", small, "--max-new-tokens", "5"]
+    done = subprocess.run(command, input="To be?\n", capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\n") and done.stderr == ""
+
+
+def test_export_writes_the_same_model(capsys, small, tmp_path):
+    from pathlib import Path
+
+    code, out, _ = run(capsys, "export", "--to", "hf", str(tmp_path / "copy"), "--model", small)
+    assert (code, out) == (0, f"{tmp_path / 'copy'}\n")
+    for file in Path(small).iterdir():
+        assert (tmp_path / "copy" / file.name).read_bytes() == file.read_bytes()
+    code, _, err = run(capsys, "export", "--to", "hf", str(tmp_path / "copy"), "--model", small)
+    assert code == 2 and "there already and not empty" in err
+
+
+def test_a_model_without_tokenizer_cannot_write(capsys, small, tmp_path):
+    import shutil
+
+    shutil.copytree(small, tmp_path / "ids only")
+    (tmp_path / "ids only" / "tokenizer.json").unlink()
+    for command in (["generate", "Hi"], ["chat"]):
+        code, _, err = run(capsys, *command, "--model", str(tmp_path / "ids only"))
+        assert code == 2 and "has no tokenizer.json" in err
+
+
+def test_a_model_that_cannot_chat(capsys, monkeypatch, tmp_path):
+    import io
+
+    from minilm.model import Transformer, llama_config
+    from minilm.pretrained import export_hf
+    from minilm.tokenizer import train_bpe
+
+    tokenizer = train_bpe(["to be or not to be"], 260)
+    config = llama_config(tokenizer.vocab_size, 64, d_model=16, n_layers=1, n_heads=2)
+    export_hf(Transformer(config, tokenizer), tmp_path / "plain")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    code, _, err = run(capsys, "chat", "--model", str(tmp_path / "plain"))
+    assert code == 2 and err == (
+        "minilm: the tokenizer has no <|im_start|>; use a chat model, as smollm2-135m\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["generate", "Hi", "--model", "gpt5"], "no model 'gpt5'; wanted smollm2-135m, a .gguf"),
+        (["generate", "Hi", "--model", "x.bin"], "x.bin is a pickle: opening one runs"),
+        (["chat", "--model", "x.gguf"], "x.gguf is no whole GGUF file"),
+        (["export", "--to", "hf", "copy", "--model", "gpt5"], "no model 'gpt5'"),
         (["sample", "--order", "9"], "order=9; use 1 to 8"),
         (["sample", "--order", "2", "--temperature", "-1"], "neither may be below 0"),
         (["score"], "no file"),
@@ -113,7 +229,10 @@ def test_what_cannot_be_done_is_one_sentence_and_exit_2(capsys, arguments, said)
     assert err.count("\n") == 1 and "Traceback" not in err
 
 
-@pytest.mark.parametrize("arguments", [["nothing"], ["sample", "--order", "six"], []])
+@pytest.mark.parametrize(
+    "arguments",
+    [["nothing"], ["sample", "--order", "six"], ["generate"], ["export", "--to", "gguf", "x"], []],
+)
 def test_a_command_that_does_not_exist(capsys, arguments):
     assert run(capsys, *arguments)[0] == 2
 

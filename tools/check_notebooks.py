@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 from common import chosen, notebooks, read, repository, shown, tags
-from refresh import LABEL_START, label
+from refresh import LABEL_START, fetched_mb, label
 
 LONGEST_CELL, LONGEST_SHOWN_CELL = 25, 60  # lines
 LARGEST_EXEMPT_SHARE = 1 / 3
@@ -74,7 +74,9 @@ def _label(notebook: nbformat.NotebookNode, must_have: bool) -> list[str]:
     if facts["peak_mb"] > LARGEST_MB:
         found.append(f"takes {facts['peak_mb']} MB; at most {LARGEST_MB}")
     lines = [line for line in notebook.cells[0].source.split("\n") if line.startswith(LABEL_START)]
-    if (lines or must_have) and lines != [label(facts["seconds"], facts["peak_mb"])]:
+    if (lines or must_have) and lines != [
+        label(facts["seconds"], facts["peak_mb"], fetched_mb(notebook))
+    ]:
         found.append(f"its label line is {lines}, not that of its last execution")
     return found
 

@@ -17,6 +17,8 @@ import nbformat
 from common import chosen, notebooks, read, write
 from nbclient import NotebookClient
 
+from minilm.assets import REMOTE
+
 KEEP_OF_CELL = ("tags", "mystnb")
 LABEL_START = "*Runs in "
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -36,13 +38,19 @@ print(max(_resource.getrusage(w).ru_maxrss for w in _who) * _unit)
 """
 
 
-def label(seconds: float, peak_mb: float) -> str:
+def label(seconds: float, peak_mb: float, downloads_mb: int = 0) -> str:
     """The line that tells a reader what running the notebook takes."""
     memory = f"{peak_mb / 1000:.1f} GB" if peak_mb >= 100 else "0.1 GB"
     return (
         f"{LABEL_START}{max(1, round(seconds))} s on 2 CPU cores with {memory} of memory; "
-        "downloads nothing.*"
+        f"downloads {f'{downloads_mb} MB, once' if downloads_mb else 'nothing'}.*"
     )
+
+
+def fetched_mb(notebook: nbformat.NotebookNode) -> int:
+    """What the files take that a notebook fetches, if they are not in the cache yet."""
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    return sum(remote.megabytes for name, remote in REMOTE.items() if f'"{name}"' in code)
 
 
 def execute(notebook: nbformat.NotebookNode) -> tuple[float, float]:
@@ -112,7 +120,9 @@ def write_label(notebook: nbformat.NotebookNode) -> None:
     first = notebook.cells[0]
     if facts and first.cell_type == "markdown":
         first.source = "\n".join(
-            label(facts["seconds"], facts["peak_mb"]) if line.startswith(LABEL_START) else line
+            label(facts["seconds"], facts["peak_mb"], fetched_mb(notebook))
+            if line.startswith(LABEL_START)
+            else line
             for line in first.source.split("\n")
         )
 

@@ -112,7 +112,7 @@ def _needs(code: str) -> set[str]:
 
     walk(top)
     own = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned()}
-    return needed - own - set(dir(builtins))
+    return needed - own - set(dir(builtins)) - {"__class__"}  # what super() reads
 
 
 def _defines(code: str) -> set[str]:

@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser import DESKTOP, PHONE, chromium, find_chromium, open_page, serve, settle
+from common import chapters
 from playwright.sync_api import Browser, Page, Route, expect
 
 pytestmark = [
@@ -18,7 +19,7 @@ pytestmark = [
         reason="no Chromium here; install it, or name one in CHROMIUM (in CI this would fail)",
     ),
 ]
-CHAPTERS = ("chapters/01_language_as_probability", "chapters/02_backpropagation")
+CHAPTERS = tuple(f"chapters/{path.stem}" for path in chapters())
 PAGES = ("index", *CHAPTERS, "exercises/01_language_as_probability")
 NO_MATH = {"index"}
 
