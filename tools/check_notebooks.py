@@ -74,9 +74,8 @@ def _label(notebook: nbformat.NotebookNode, must_have: bool) -> list[str]:
     if facts["peak_mb"] > LARGEST_MB:
         found.append(f"takes {facts['peak_mb']} MB; at most {LARGEST_MB}")
     lines = [line for line in notebook.cells[0].source.split("\n") if line.startswith(LABEL_START)]
-    if (lines or must_have) and lines != [
-        label(facts["seconds"], facts["peak_mb"], fetched_mb(notebook))
-    ]:
+    want = label(facts["seconds"], facts["peak_mb"], fetched_mb(notebook))
+    if (lines or must_have) and lines != [want]:
         found.append(f"its label line is {lines}, not that of its last execution")
     return found
 
