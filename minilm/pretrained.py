@@ -439,7 +439,7 @@ def load_gguf(path: AnyPath, dtype: torch.dtype = torch.float32) -> Transformer:
             return unpermute_rotary(tensor, config.n_heads)
         return unpermute_rotary(tensor, config.n_kv_heads) if "k_proj" in name else tensor
 
-    tokenizer = BPETokenizer.from_gguf(path)
+    tokenizer = BPETokenizer.from_gguf(path, metadata)
     return build_from(config, tokenizer, dtype, set(tensors), "gguf", read)
 
 
@@ -701,7 +701,7 @@ def chat_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Return the ids of `chat_prompt`; special tokens in a message are letters like all others.
 
     Args:
-        tokenizer: A `BPETokenizer` with the special tokens <|im_start|> and <|im_end|>.
+        tokenizer: A `BPETokenizer` with the special tokens `<|im_start|>` and `<|im_end|>`.
         messages: As in `chat_prompt`.
 
     Raises:

@@ -44,7 +44,7 @@ GPT2_PATTERN = (
     r"| ?\p{L}+"  # letters, with the space before them
     r"| ?\p{N}+"  # digits, any number of them
     r"| ?[^\s\p{L}\p{N}]+"  # signs
-    r"|\s+(?!\S)|\s+"  # white space, but its last character goes to the word behind it
+    r"|\s+(?!\S)|\s+"  # white space, but its last character goes to the word after it
 )
 GPT4_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # capitals too
@@ -534,8 +534,14 @@ class BPETokenizer:
             ) from error
 
     @classmethod
-    def from_gguf(cls, path: str | os.PathLike[str]) -> "BPETokenizer":
+    def from_gguf(
+        cls, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None
+    ) -> "BPETokenizer":
         """Take the tokenizer out of a model's GGUF file.
+
+        Args:
+            path: The file.
+            metadata: What it holds by key, if that has been read already.
 
         Raises:
             DataError: If the file is missing, damaged, or has another kind of tokenizer.
@@ -544,9 +550,11 @@ class BPETokenizer:
 
         names = ("model", "pre", "tokens", "token_type", "merges")
         try:
-            fields = GGUFReader(path).fields
+            if metadata is None:
+                fields = GGUFReader(path).fields
+                metadata = {key: field.contents() for key, field in fields.items()}
             model, pre, tokens, kinds, joined = (
-                fields[f"tokenizer.ggml.{name}"].contents() for name in names
+                metadata[f"tokenizer.ggml.{name}"] for name in names
             )
             if model != "gpt2" or pre not in GGUF_PATTERNS:
                 raise DataError(

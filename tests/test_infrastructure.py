@@ -133,6 +133,16 @@ def test_the_figure_draws_every_row():
         ledger.figure([])
 
 
+def test_a_model_that_has_read_the_test_stands_apart():
+    read = ledger.Row("read", 2, 1.0, saw_test=True)
+    fig = ledger.figure([ROW, read])
+    plt.close(fig)
+    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["read*", ROW.model]
+    assert ROW.model in fig.axes[0].get_title(loc="left") + fig.axes[0].get_title()
+    assert "read*" in ledger.table([read])
+    assert "may have read the test plays" in str(read) and "read" not in str(ROW)
+
+
 def test_the_committed_ledger_opens():
     assert all(isinstance(row, ledger.Row) for row in ledger.rows())
 
