@@ -137,6 +137,9 @@ def noise_distribution(counts: Int[Array, " words"], power: float = 0.75) -> Flo
 class SkipGram(nn.Module):
     """Two vectors a word: one for when it is the word, one for when it is a neighbour.
 
+    Gradients are sparse, so that a step touches only the rows of its batch. SGD takes them as they
+    are; `torch.optim.Adam` does not.
+
     Args:
         n_words: Words in the vocabulary.
         d_model: Numbers in a vector.
@@ -152,8 +155,8 @@ class SkipGram(nn.Module):
         super().__init__()
         if min(n_words, d_model) < 1:
             raise ConfigError(f"n_words={n_words}, d_model={d_model}; wanted both at least 1")
-        self.words = nn.Embedding(n_words, d_model)
-        self.neighbours = nn.Embedding(n_words, d_model)
+        self.words = nn.Embedding(n_words, d_model, sparse=True)
+        self.neighbours = nn.Embedding(n_words, d_model, sparse=True)
         nn.init.uniform_(self.words.weight, -0.5 / d_model, 0.5 / d_model)
         nn.init.zeros_(self.neighbours.weight)
 

@@ -206,6 +206,15 @@ def test_the_sampled_loss_is_the_expected_loss_on_average():
     assert abs(np.mean(draws) - want) < 5 * error  # a false alarm once in two million
 
 
+def test_gradients_hold_the_rows_of_the_batch_only():
+    model = SkipGram(50, 4)
+    model(torch.tensor([[3, 4]]), torch.tensor([[5, 6]]), torch.tensor([[6, 7]])).backward()
+    touched = {
+        name: p.grad.coalesce().indices()[0].tolist() for name, p in model.named_parameters()
+    }
+    assert touched == {"words.weight": [3, 4], "neighbours.weight": [5, 6, 7]}
+
+
 def test_pairs_are_what_two_loops_find():
     rng = np.random.default_rng(0)
     for window in (1, 2, 5):
