@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from minilm.errors import ConfigError
@@ -170,15 +171,12 @@ def figure(rows: Sequence[Row]) -> "Figure":
     ordered = sorted(rows, key=lambda one: one.bits_per_byte)
     chapters = sorted({row.chapter for row in rows})
     fig, ax = plt.subplots(figsize=(6.4, 0.8 + 0.28 * len(ordered)))
-    labelled: set[int] = set()
     for place, row in enumerate(ordered):
         color = COLORS[chapters.index(row.chapter) % len(COLORS)]
         if row.low is not None and row.high is not None:
             ax.plot([row.low, row.high], [place, place], color=color, linewidth=2, alpha=0.5)
-        label = None if row.chapter in labelled else f"chapter {row.chapter}"
-        labelled.add(row.chapter)
         inside = "none" if row.saw_test else color
-        ax.plot(row.bits_per_byte, place, "o", color=color, markerfacecolor=inside, label=label)
+        ax.plot(row.bits_per_byte, place, "o", color=color, markerfacecolor=inside)
         ax.annotate(
             f"{row.bits_per_byte:.2f}",
             (row.bits_per_byte, place),
@@ -195,5 +193,7 @@ def figure(rows: Sequence[Row]) -> "Figure":
     ax.set_title(f"Best so far: {best.model}, {best.bits_per_byte:.2f} bits per byte")
     ax.grid(axis="y", visible=False)
     if len(chapters) > 1:
+        for chapter, color in zip(chapters, cycle(COLORS), strict=False):
+            ax.plot([], [], "o", color=color, label=f"chapter {chapter}")
         ax.legend(loc="upper left")
     return fig
