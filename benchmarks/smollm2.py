@@ -3,7 +3,7 @@
     python benchmarks/smollm2.py
     python benchmarks/smollm2.py --quick    # a few windows of each part; saves nothing
 
-Writes minilm/assets/results/smollm2.json. Takes about 15 minutes of two cores and 2 GB.
+Writes minilm/assets/results/smollm2.json. Takes about 40 minutes of one core and 2 GB.
 
 The model sees at most 2,048 tokens at once and reads every play through windows that overlap by
 half. The excerpt is the first 8,000 bytes of the first test play, by the same windows; chapter 07

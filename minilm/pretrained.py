@@ -587,6 +587,8 @@ def export_hf(model: Transformer, folder: AnyPath) -> None:
             if tokenizer is not None:
                 content |= write_tokenizer(tokenizer, part, model.config.max_seq_len)
             write_json(part / "config.json", content)
+            mode = (part / "config.json").stat().st_mode  # safetensors writes for its owner alone
+            (part / "model.safetensors").chmod(mode)
             if folder.exists():
                 folder.rmdir()
             part.replace(folder)

@@ -531,6 +531,11 @@ TEXTS = [
 ]
 
 
+def test_all_exported_files_may_be_read_by_the_same_people(llama, tmp_path):
+    export_hf(llama, tmp_path / "out")
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
+
+
 def test_the_exported_tokenizer_has_the_same_ids(llama, tmp_path):
     export_hf(llama, tmp_path / "x")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "x")

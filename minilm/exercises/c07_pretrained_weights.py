@@ -23,7 +23,9 @@ def file_bytes_with(
     bytes_of_4: float = 20 / 32,
     ups: int = 2,
     same_kv: bool = False,
+    square: bool = False,
     norm_bytes: int = 4,
+    last_norm: int = 1,
 ) -> Callable[..., float]:
     """Bytes of all tensors, in which one part may be another."""
 
@@ -37,8 +39,9 @@ def file_bytes_with(
         d_ff: int,
     ) -> float:
         kv_heads = n_heads if same_kv else n_kv_heads
-        matrices = 2 * d_model * head_dim * (n_heads + kv_heads) + (ups + 1) * d_model * d_ff
-        norms = (2 * n_layers + 1) * d_model
+        q_rows = d_model if square else n_heads * head_dim
+        matrices = d_model * (2 * (q_rows + kv_heads * head_dim) + (ups + 1) * d_ff)
+        norms = (2 * n_layers + last_norm) * d_model
         return (
             embeddings * vocab_size * d_model * bytes_of_8
             + n_layers * matrices * bytes_of_4
@@ -67,6 +70,7 @@ def q4_0_with(
     signed: bool = False,
     wraps: bool = False,
     one_scale: bool = False,
+    unshifted: bool = False,
     times: Callable[[Array, Array], Array] = lambda scale, numbers: scale * numbers,
 ) -> Callable[[Array], Array]:
     """Decode blocks, in which one part may be another."""
@@ -80,6 +84,8 @@ def q4_0_with(
         else:
             halves = [low, high] if places == "halves" else [high, low]
             numbers = np.concatenate(halves, axis=1)
+        if unshifted:
+            numbers[:, 16:] <<= 4
         if wraps:
             numbers = numbers - np.uint8(int(middle))
         elif signed:
@@ -133,6 +139,17 @@ def last_rows_turned(weight: Array, n_heads: int, rotary_dim: int) -> Array:
     rest, turned = heads[:, :-rotary_dim], heads[:, -rotary_dim:]
     rows = np.concatenate([rest, turned[:, 0::2], turned[:, 1::2]], axis=1)
     return rows.reshape(weight.shape)
+
+
+def joined_across_heads(weight: Array, n_heads: int, rotary_dim: int) -> Array:
+    heads = weight.reshape(n_heads, -1, weight.shape[1])
+    turned, rest = heads[:, :rotary_dim], heads[:, rotary_dim:]
+    parts = (turned[:, 0::2], turned[:, 1::2], rest)
+    return np.concatenate([part.reshape(-1, weight.shape[1]) for part in parts])
+
+
+def first_head(weight: Array, n_heads: int, rotary_dim: int) -> Array:
+    return np.concatenate([weight[:rotary_dim:2], weight[1:rotary_dim:2], weight[rotary_dim:]])
 
 
 def projections(rng: np.random.Generator) -> Iterator[tuple[Array, int, int]]:
@@ -193,6 +210,8 @@ def encode(text: str, special: bool) -> list[int]:
 
 def prompt_with(
     content: Callable[[str], list[int]] = lambda text: encode(text, special=False),
+    trusted: tuple[str, ...] = (),
+    skip_empty: bool = False,
     start: Callable[[], list[int]] = lambda: [START],
     end: Callable[[], list[int]] = lambda: [END],
     after_role: str = "\n",
@@ -204,7 +223,10 @@ def prompt_with(
     def prompt_ids(messages: Messages) -> list[int]:
         ids: list[int] = []
         for role, text in messages:
-            ids += [*start(), *encode(role + after_role, special=False), *content(text), *end()]
+            if skip_empty and not text:
+                continue
+            ids += [*start(), *encode(role + after_role, special=False)]
+            ids += [*(encode(text, special=True) if role in trusted else content(text)), *end()]
             ids += encode(after_turn, special=False)
         return ids + last()
 
@@ -218,6 +240,8 @@ def conversations(rng: np.random.Generator) -> Iterator[tuple[Messages]]:
     yield ([("system", "Be brief."), ("user", "你好"), ("assistant", "Hello!"), ("user", " Bye ")],)
     yield ([("system", "Keep the secret."), ("user", evil)],)
     yield ([("user", "What does <|im_end|> mean?")],)
+    yield ([("system", "Never write <|im_end|>."), ("user", "Why not?")],)
+    yield ([("user", "Hi"), ("assistant", "<|im_start|> begins a turn."), ("user", "So?")],)
     yield ([("user", "")],)
 
 
@@ -227,8 +251,8 @@ QUESTIONS = (
         points=1,
         reference=file_bytes_with(),
         cases=configs,
-        factor=1.01,
-        note="SmolLM2: 96.7 MB of tensors, and 1.6 MB of vocabulary and metadata.",
+        factor=1 + 1e-9,
+        note="SmolLM2: 96.6 MB of tensors, and 1.8 MB of vocabulary and metadata.",
         mistakes=(
             Mistake(
                 "no scales",
@@ -260,6 +284,32 @@ QUESTIONS = (
                 "float32",
                 file_bytes_with(bytes_of_8=4.0, bytes_of_4=4.0),
                 "That is the model in memory, decoded to float32. The file holds blocks.",
+            ),
+            Mistake(
+                "square",
+                file_bytes_with(square=True),
+                "The heads together need not be as wide as the model: the query projection has a "
+                "row for each feature of each head.",
+            ),
+            Mistake(
+                "no norms",
+                file_bytes_with(norm_bytes=0),
+                "The gains of the norms are missing: few bytes, but they are in the file.",
+            ),
+            Mistake(
+                "last norm",
+                file_bytes_with(last_norm=0),
+                "One norm is missing: the one after the last block.",
+            ),
+            Mistake(
+                "norms of 16 bits",
+                file_bytes_with(norm_bytes=2),
+                "A number in F32 takes four bytes; your norms take two.",
+            ),
+            Mistake(
+                "formats exchanged",
+                file_bytes_with(bytes_of_8=20 / 32, bytes_of_4=34 / 32),
+                "The two formats are exchanged: the embedding is in Q8_0, the matrices in Q4_1.",
             ),
         ),
     ),
@@ -322,6 +372,17 @@ QUESTIONS = (
                 q4_0_with(times=lambda scale, numbers: numbers / np.where(scale == 0, 1, scale)),
                 "You divide by the scale. It is the distance between two levels.",
             ),
+            Mistake(
+                "high halves unshifted",
+                q4_0_with(unshifted=True),
+                "Your high halves are 0, 16, ..., 240: their four bits still stand at the left.",
+            ),
+            Mistake(
+                "8 after the scale",
+                q4_0_with(middle=0.0, times=lambda scale, numbers: scale * numbers - 8),
+                "You subtract 8 from the weight; it is subtracted from the integer, before the "
+                "scale.",
+            ),
         ),
     ),
     Implement(
@@ -373,6 +434,17 @@ QUESTIONS = (
                 "last rows",
                 last_rows_turned,
                 "You sort the last rows of each head; the first `rotary_dim` are turned.",
+            ),
+            Mistake(
+                "joined across heads",
+                joined_across_heads,
+                "All heads' first ones come before all heads' second ones. Each head must keep its "
+                "rows together.",
+            ),
+            Mistake(
+                "first head only",
+                first_head,
+                "Only the first head is sorted; the others came out as they went in.",
             ),
         ),
     ),
@@ -426,6 +498,12 @@ QUESTIONS = (
                 "transposed head",
                 loader_with(head=lambda state: state.get("lm_head", state["wte"]).T),
                 "Only the projections are stored the other way round, not the output matrix.",
+            ),
+            Mistake(
+                "transposed too late",
+                loader_with(split=lambda joined: [part.T for part in reshaped(joined)]),
+                "Transposing after `reshape` is too late: the numbers are in the wrong part by "
+                "then. Part the columns.",
             ),
         ),
     ),
@@ -492,6 +570,38 @@ QUESTIONS = (
                 "turns not ended",
                 prompt_with(end=lambda: []),
                 "No turn of yours ends: <|im_end|> is missing.",
+            ),
+            Mistake(
+                "trusts all but the user",
+                prompt_with(trusted=("system", "assistant")),
+                "You encode the user's text safely, but not the other contents: a reply may repeat "
+                "a special token that a user wrote.",
+            ),
+            Mistake(
+                "trusts the system",
+                prompt_with(trusted=("system",)),
+                "The system's content is encoded with special tokens switched on; it must stay "
+                "text as well.",
+            ),
+            Mistake(
+                "trusts the assistant",
+                prompt_with(trusted=("assistant",)),
+                "A reply may repeat a special token that a user wrote: it must stay text as well.",
+            ),
+            Mistake(
+                "escaped",
+                prompt_with(content=lambda text: encode(text.replace("<|", "< |"), special=False)),
+                "You change what was written. A content must come out to the letter.",
+            ),
+            Mistake(
+                "empty left out",
+                prompt_with(skip_empty=True),
+                "You leave out a message with an empty content; it is a turn, too.",
+            ),
+            Mistake(
+                "no line break at the end",
+                prompt_with(last=lambda: [START, *encode("assistant", special=False)]),
+                "The line break after the opened `assistant` is missing.",
             ),
         ),
     ),
