@@ -11,6 +11,7 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -645,8 +646,17 @@ def train_bpe(
 
 
 def write_json(path: str | os.PathLike[str], content: object) -> None:
-    """Write to a temporary name beside `path`, then rename."""
+    """Write to a temporary name beside `path`, then rename.
+
+    Raises:
+        DataError: If the file cannot be written; nothing is left of it then.
+    """
     target = Path(path)
     temporary = target.with_name(target.name + ".part")
-    temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(target)
+    try:
+        temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        temporary.replace(target)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise DataError(f"{path} cannot be written: {error.strerror or error}") from error

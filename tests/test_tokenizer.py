@@ -623,12 +623,21 @@ def test_what_is_no_tokenizer_json_is_refused(tmp_path, text):
         BPETokenizer.from_hf(tmp_path / "none.json")
 
 
+def test_a_save_that_cannot_be_written_is_one_sentence(trained, tmp_path):
+    with pytest.raises(DataError, match=r"none/bpe\.json cannot be written: No such file"):
+        trained["gpt-2"].save(tmp_path / "none" / "bpe.json")
+    (tmp_path / "a_folder").mkdir()
+    with pytest.raises(DataError, match="a_folder cannot be written"):
+        trained["gpt-2"].export_hf(tmp_path / "a_folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["a_folder"]  # no part is left
+
+
 def test_an_interrupted_save_leaves_the_old_file(trained, tmp_path, monkeypatch):
     path = tmp_path / "bpe.json"
     trained["gpt-2"].save(path)
     before = path.read_bytes()
     monkeypatch.setattr(tokenizer.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError))
-    with pytest.raises(OSError):
+    with pytest.raises(DataError, match=r"bpe\.json cannot be written"):
         trained["gpt-4"].save(path)
     assert path.read_bytes() == before
 
