@@ -156,3 +156,13 @@ def test_the_cache_is_the_users_unless_told(monkeypatch, tmp_path):
     assert assets.cache_directory() == tmp_path
     monkeypatch.delenv("MINILM_CACHE")
     assert assets.cache_directory().name == "minilm"
+
+
+@pytest.mark.parametrize("name", sorted(assets.SHA256))
+def test_every_bundled_file_is_what_it_was(name):
+    assert assets.read_asset(name)
+
+
+def test_the_bundled_model_is_small_enough_for_a_repository():
+    files = [assets.read_asset(name) for name in assets.SHA256 if name.startswith("book/")]
+    assert len(files) == 3 and sum(map(len, files)) < 12e6

@@ -210,7 +210,7 @@ def test_a_model_that_cannot_chat(capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["generate", "Hi", "--model", "gpt5"], "no model 'gpt5'; wanted smollm2-135m, a .gguf"),
+        (["generate", "Hi", "--model", "gpt5"], "no model 'gpt5'; wanted book, smollm2-135m"),
         (["generate", "Hi", "--model", "x.bin"], "x.bin is a pickle: opening one runs"),
         (["chat", "--model", "x.gguf"], "x.gguf is no whole GGUF file"),
         (["export", "--to", "hf", "copy", "--model", "gpt5"], "no model 'gpt5'"),

@@ -17,6 +17,9 @@ from minilm.errors import DataError
 __all__ = ["REMOTE", "SHA256", "Remote", "cache_directory", "fetch", "read_asset"]
 
 SHA256 = {
+    "book/config.json": "a8f2004891b5f9622f90dae095090997302a9029d2ee6cf37c8a518c67bab774",
+    "book/model.safetensors": "95595f6037073a725b29e9ec9649e11b17e579bd101c5be6edd8c81713cf1a1c",
+    "book/tokenizer.json": "af5f087e2ed68af09aeb26b842fbc23dbb4066faded820709d73741bbd2e6c14",
     "shakespeare.json.xz": "e31c7f6efc7955e684113af805e7fb3c9641265e35526056e61dae260c1fd971",
 }
 

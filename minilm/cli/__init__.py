@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from minilm.cli.data import data_build
+from minilm.cli.evaluate import evaluate
+from minilm.cli.train import train
 from minilm.errors import ConfigError, DataError, MinilmError
 
 if TYPE_CHECKING:
@@ -85,7 +88,7 @@ def generate(
 
     Args:
         prompt: The text to continue, in quotes.
-        model: smollm2-135m (93 MB, downloaded once), a .gguf file, or a Hugging Face folder.
+        model: smollm2-135m (93 MB, downloaded once), book, a .gguf file, or the folder of a model.
         max_new_tokens: Tokens to add; the model may end the text earlier.
         temperature: Below 1 prefers the probable; 0 always takes the most probable token.
         top_k: Choose among so many tokens only.
@@ -115,7 +118,7 @@ def chat(
     It ends with the input: Ctrl-D on a terminal.
 
     Args:
-        model: A chat model: smollm2-135m, a .gguf file, or a Hugging Face folder.
+        model: A chat model: smollm2-135m, a .gguf file, or the folder of a model.
         system: What the model is told before all else; without it, the model's usual sentence.
         max_new_tokens: Tokens in the longest reply.
         temperature: Below 1 prefers the probable; 0 always takes the most probable token.
@@ -147,11 +150,12 @@ def export(
     Args:
         folder: A new folder.
         to: Its form; hf: config.json, model.safetensors and tokenizer.json, as on the Hub.
-        model: smollm2-135m, a .gguf file, or a Hugging Face folder.
+        model: smollm2-135m, book, a .gguf file, or the folder of a model.
     """
-    from minilm.pretrained import export_hf, load_pretrained
+    from minilm.checkpoint import load
+    from minilm.pretrained import export_hf
 
-    export_hf(load_pretrained(model), folder)
+    export_hf(load(model), folder)
     print(folder)
     return 0
 
@@ -210,13 +214,13 @@ def score(files: tyro.conf.Positional[tuple[Path, ...]], order: int = 6) -> int:
 def _pretrained(model: str, device: str) -> "tuple[Transformer, BPETokenizer]":
     import torch
 
+    from minilm.checkpoint import load
     from minilm.device import default_device
-    from minilm.pretrained import load_pretrained
     from minilm.tokenizer import BPETokenizer
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but PyTorch sees no GPU here; use --device cpu")
-    network = load_pretrained(model).to(default_device() if device == "auto" else device)
+    network = load(model).to(default_device() if device == "auto" else device)
     tokenizer = getattr(network, "tokenizer", None)
     if not isinstance(tokenizer, BPETokenizer):
         raise DataError(f"{model} has no tokenizer.json; fetch the whole folder")
@@ -259,6 +263,8 @@ def _write(path: Path, text: str) -> None:
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "chat": chat,
+    "data": data_build,
+    "evaluate": evaluate,
     "export": export,
     "fetch": fetch,
     "generate": generate,
@@ -266,6 +272,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "ledger": ledger,
     "sample": sample,
     "score": score,
+    "train": train,
 }
 
 
