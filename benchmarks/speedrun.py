@@ -19,6 +19,7 @@ The ladder starts from the reference and switches on one trick after the other, 
 """
 
 import argparse
+import json
 import math
 import statistics
 import time
