@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import re
 from collections import Counter
+from importlib.metadata import version
 
 import numpy as np
 import pytest
