@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from minilm.cli.data import data_build
+from minilm.cli.evaluate import evaluate
 from minilm.cli.train import train
 from minilm.errors import ConfigError, DataError, MinilmError
 
@@ -263,6 +264,7 @@ def _write(path: Path, text: str) -> None:
 COMMANDS: dict[str, Callable[..., int]] = {
     "chat": chat,
     "data": data_build,
+    "evaluate": evaluate,
     "export": export,
     "fetch": fetch,
     "generate": generate,
