@@ -212,7 +212,7 @@ def load(source: AnyPath) -> Transformer:
         config = folder / "config.json"
         if config.exists() and "model_type" not in read_json(config):  # which is Hugging Face's
             return load_model(folder)
-    if str(source) not in REMOTE and not path.exists():
+    if str(source) not in REMOTE and not path.suffix and not path.exists():
         raise DataError(
             f"no model {str(source)!r}; wanted book, {', '.join(REMOTE)}, a .gguf file, or a "
             "folder with config.json and model.safetensors"
