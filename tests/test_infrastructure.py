@@ -35,7 +35,7 @@ def test_errors_on_purpose_are_value_errors_of_one_family():
 
 def test_a_bundled_file_is_read_and_an_unknown_one_refused():
     assert assets.read_asset("shakespeare.json.xz")[:6] == b"\xfd7zXZ\x00"
-    with pytest.raises(DataError, match="no bundled file 'nothing'; there are: book.*shakespeare"):
+    with pytest.raises(DataError, match=r"no bundled file 'nothing'; there are: book.*shakespeare"):
         assets.read_asset("nothing")
 
 
