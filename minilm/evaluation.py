@@ -136,8 +136,8 @@ def accuracy(
         ConfigError: If there are no items or the lengths differ.
 
     Example:
-        >>> accuracy([True, False, True, True], ["othello", "othello", "macbeth", "macbeth"])
-        ...     .bits_per_byte
+        >>> plays = ["othello", "othello", "macbeth", "macbeth"]
+        >>> accuracy([True, False, True, True], plays).bits_per_byte
         0.75
     """
     if len(correct) != len(clusters) or not len(correct):
