@@ -13,8 +13,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch.optim.optimizer import Optimizer
 from minilm.assets import REMOTE, file_sha256
 from minilm.data import load_tokenizer, save_tokenizer
 from minilm.errors import ConfigError, DataError
+from minilm.files import whole_folder
 from minilm.model import ModelConfig, Transformer
 from minilm.pretrained import load_pretrained, read_json
 
@@ -47,64 +47,12 @@ __all__ = [
     "save_model",
     "split_state",
     "step_folder",
-    "whole_folder",
 ]
 
 AnyPath = str | os.PathLike[str]
 MANIFEST = "manifest.json"
 FORMAT = "minilm checkpoint 1"
 STEP_NAME = re.compile(r"step-(\d+)")
-
-
-# A folder that is whole or not there
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Lend a temporary folder beside `path`; it becomes `path` when all in it is on the disk.
-
-    Args:
-        path: The folder to make, or to replace.
-
-    Raises:
-        DataError: If it cannot be written; `path` is then what it was.
-    """
-    part, old = (path.with_name(f".{path.name}.{end}") for end in ("part", "old"))
-    try:
-        _tidy(path, part, old)  # after a process that was killed
-        part.mkdir(parents=True)
-        yield part
-        for file in part.iterdir():
-            _to_disk(file)
-        _to_disk(part)
-        if path.exists():
-            path.rename(old)
-        part.rename(path)
-        _to_disk(path.parent)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path} cannot be written: {reason}") from error
-    finally:
-        _tidy(path, part, old)
-
-
-def _tidy(path: Path, part: Path, old: Path) -> None:
-    """Remove what is half written; bring back what was to be replaced but was not."""
-    if old.exists() and not path.exists():
-        old.rename(path)
-    for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, would survive a power cut."""
-    if path.is_dir() and os.name != "posix":  # where folders cannot be opened
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write_json(path: Path, content: object) -> None:

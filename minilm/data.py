@@ -11,7 +11,6 @@ import json
 import math
 import multiprocessing
 import os
-import shutil
 import zlib
 from bisect import bisect_right
 from collections import deque
@@ -29,7 +28,7 @@ from minilm.assets import file_sha256
 from minilm.corpus import load_shakespeare
 from minilm.documents import Document, Report, mix
 from minilm.errors import ConfigError, DataError
-from minilm.files import write_atomically
+from minilm.files import whole_folder, write_atomically
 from minilm.measure import ByteTokenizer, Tokenizer
 from minilm.tokenizer import BPETokenizer
 
@@ -561,20 +560,14 @@ def build_store(
     path = Path(folder)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ConfigError(f"{path} is there already; name a new folder, or delete it")
-    part, begin = path.with_name(f"{path.name}.{os.getpid()}.part"), begin_id(tokenizer)
+    begin = begin_id(tokenizer)
     ids = tokenize((document.text for document in documents), tokenizer, processes)
-    try:
-        part.mkdir(parents=True)
+    with whole_folder(path) as part:
         save_tokenizer(part / "tokenizer.json", tokenizer)
         write_shards(part, ids, max(tokenizer.vocab_size, begin + 1), begin, shard_tokens)
         if report is not None:  # it is complete only now: documents have streamed through
             text = json.dumps(vars(report), indent=1, ensure_ascii=False)
             (part / "report.json").write_text(text + "\n", encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return TokenStore(path)
 
 

@@ -1,13 +1,16 @@
-"""Files that are either whole or not there."""
+"""Files and folders that are either whole or not there."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from minilm.errors import DataError
 
-__all__ = ["write_atomically"]
+__all__ = ["whole_folder", "write_atomically"]
 
 
 @contextmanager
@@ -35,11 +38,58 @@ def write_atomically(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _to_disk(temporary)
         temporary.replace(path)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Lend a temporary folder beside `path`; it becomes `path` when all in it is on the disk.
+
+    Args:
+        path: The folder to make, or to replace.
+
+    Raises:
+        DataError: If it cannot be written; `path` is then what it was.
+    """
+    part, old = (path.with_name(f".{path.name}.{end}") for end in ("part", "old"))
+    try:
+        _tidy(path, part, old)  # after a process that was killed
+        part.mkdir(parents=True)
+        yield part
+        for file in part.iterdir():
+            _to_disk(file)
+        _to_disk(part)
+        if path.exists():
+            path.rename(old)
+        part.rename(path)
+        _to_disk(path.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} cannot be written: {reason}") from error
+    finally:
+        _tidy(path, part, old)
+
+
+def _tidy(path: Path, part: Path, old: Path) -> None:
+    """Remove what is half written; bring back what was to be replaced but was not."""
+    if old.exists() and not path.exists():
+        old.rename(path)
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, would survive a power cut."""
+    if path.is_dir() and os.name != "posix":  # where folders cannot be opened
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int, Integer, UInt64
 
 from minilm.errors import ConfigError, DataError
+from minilm.files import write_atomically
 from minilm.measure import ByteTokenizer, Tokenizer
 
 __all__ = [
@@ -146,16 +147,14 @@ class NGramCounts:
             The size of the file in bytes.
         """
         target = Path(path)
-        temporary = target.with_name(target.name + ".part")
         smallest = np.min_scalar_type(int(self.counts.max()))
-        with temporary.open("wb") as file:
+        with write_atomically(target) as temporary, temporary.open("wb") as file:
             np.savez_compressed(
                 file,
                 order=np.array(self.order),
                 gaps=np.diff(self.grams, prepend=np.uint64(0)),
                 counts=self.counts.astype(smallest),
             )
-        temporary.replace(target)
         return target.stat().st_size
 
     @classmethod

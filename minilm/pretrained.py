@@ -12,7 +12,6 @@ import codecs
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from minilm import assets
 from minilm.errors import ConfigError, DataError
+from minilm.files import whole_folder
 from minilm.measure import Tokenizer
 from minilm.model import ModelConfig, Transformer, generate
 from minilm.tokenizer import END_OF_TEXT, BPETokenizer, write_json
@@ -578,22 +578,13 @@ def export_hf(model: Transformer, folder: AnyPath) -> None:
         )
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise DataError(f"{folder} is there already and not empty; name a new folder")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="part-") as outer:
-            part = Path(outer) / folder.name
-            part.mkdir()
-            save_file(hf_state(model, content["model_type"]), part / "model.safetensors", PT)
-            if tokenizer is not None:
-                content |= write_tokenizer(tokenizer, part, model.config.max_seq_len)
-            write_json(part / "config.json", content)
-            mode = (part / "config.json").stat().st_mode  # safetensors writes for its owner alone
-            (part / "model.safetensors").chmod(mode)
-            if folder.exists():
-                folder.rmdir()
-            part.replace(folder)
-    except OSError as error:
-        raise DataError(f"{folder} cannot be written: {error.strerror or error}") from error
+    with whole_folder(folder) as part:
+        save_file(hf_state(model, content["model_type"]), part / "model.safetensors", PT)
+        if tokenizer is not None:
+            content |= write_tokenizer(tokenizer, part, model.config.max_seq_len)
+        write_json(part / "config.json", content)
+        mode = (part / "config.json").stat().st_mode  # safetensors writes for its owner alone
+        (part / "model.safetensors").chmod(mode)
 
 
 def hf_config(model: Transformer) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minilm.errors import DataError
+from minilm.files import write_atomically
 
 __all__ = ["load_result", "machine", "save_result"]
 
@@ -77,10 +78,9 @@ def save_result(name: str, payload: Mapping[str, Any], command: str) -> Path:
         "versions": _versions(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".json.part")
     text = json.dumps({"made": made, "result": payload}, indent=1)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with write_atomically(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
     return path
 
 

@@ -11,7 +11,6 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import regex
 
 from minilm.errors import ConfigError, DataError, MinilmError
+from minilm.files import write_atomically
 
 if TYPE_CHECKING:
     import tiktoken
@@ -646,17 +646,10 @@ def train_bpe(
 
 
 def write_json(path: str | os.PathLike[str], content: object) -> None:
-    """Write to a temporary name beside `path`, then rename.
+    """Write a file that is whole or not there.
 
     Raises:
         DataError: If the file cannot be written; nothing is left of it then.
     """
-    target = Path(path)
-    temporary = target.with_name(target.name + ".part")
-    try:
+    with write_atomically(Path(path)) as temporary:
         temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-        temporary.replace(target)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise DataError(f"{path} cannot be written: {error.strerror or error}") from error

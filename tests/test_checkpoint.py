@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 import minilm
-from minilm import checkpoint
+from minilm import checkpoint, files
 from minilm.checkpoint import (
     checkpoint_damage,
     join_state,
@@ -31,9 +31,9 @@ from minilm.checkpoint import (
     save_model,
     split_state,
     step_folder,
-    whole_folder,
 )
 from minilm.errors import ConfigError, DataError
+from minilm.files import whole_folder
 from minilm.measure import ByteTokenizer
 from minilm.model import Transformer, gpt2_config, llama_config, next_token_loss
 from minilm.optim import OptimizerConfig, build_optimizer
@@ -423,8 +423,8 @@ def test_a_file_in_the_way(tmp_path):
 def test_weights_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
     """Every file is synced before the folder is renamed, and the parent after it."""
     order = []
-    real = checkpoint._to_disk
-    monkeypatch.setattr(checkpoint, "_to_disk", lambda path: (order.append(path.name), real(path)))
+    real = files._to_disk
+    monkeypatch.setattr(files, "_to_disk", lambda path: (order.append(path.name), real(path)))
     rename = checkpoint.Path.rename
     monkeypatch.setattr(
         checkpoint.Path, "rename", lambda p, q: (order.append("rename"), rename(p, q))[1]

@@ -611,7 +611,7 @@ LIVES = """
     import torch
     import torch._dynamo  # or each life would, for its first optimizer
     from safetensors.torch import save
-    from minilm import checkpoint, training
+    from minilm import checkpoint, files, training
 
     def tell(*words):
         os.write(1, (" ".join(map(str, words)) + "\\n").encode())
@@ -635,7 +635,7 @@ LIVES = """
             file.write(data[len(data) // 2 :])
 
     checkpoint.save_file = halves
-    checkpoint._to_disk = slow("sync", checkpoint._to_disk)
+    files._to_disk = slow("sync", files._to_disk)
     checkpoint.Path.rename = slow("rename", checkpoint.Path.rename)
     shutil.rmtree = slow("remove", shutil.rmtree)
     config = training.TrainConfig.from_json(Path(sys.argv[1]).read_text())

@@ -13,6 +13,7 @@ from minilm.cli.data import data_build
 from minilm.cli.evaluate import evaluate
 from minilm.cli.train import train
 from minilm.errors import ConfigError, DataError, MinilmError
+from minilm.files import write_atomically
 
 if TYPE_CHECKING:
     from minilm.model import Transformer
@@ -51,7 +52,8 @@ def grade(
         print(grading.progress(reports))
     result = grading.as_json(reports)
     if json_file is not None:
-        _write(json_file, json.dumps(result, indent=1) + "\n")
+        with write_atomically(json_file) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0 if result["points"] == result["of"] else 1
 
 
@@ -250,15 +252,6 @@ def _read(path: Path) -> bytes:
     if not data:
         raise DataError(f"{path} is empty; bits per byte needs a byte")
     return data
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}") from error
 
 
 COMMANDS: dict[str, Callable[..., int]] = {

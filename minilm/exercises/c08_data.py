@@ -83,6 +83,12 @@ def blocks(step: int, batch: int, rank: int, ranks: int, windows: int) -> Row:
     return [divmod(step * batch + row, windows) for row in range(first, last)]
 
 
+def even_blocks(step: int, batch: int, rank: int, ranks: int, windows: int) -> Row:
+    share = batch // ranks
+    first = step * batch + rank * share
+    return [divmod(place, windows) for place in range(first, first + share)]
+
+
 def batch_each(step: int, batch: int, rank: int, ranks: int, windows: int) -> Row:
     first = step * batch * ranks + rank
     return [divmod(first + ranks * row, windows) for row in range(batch)]
@@ -355,6 +361,12 @@ QUESTIONS = (
                 blocks,
                 "Your processes take neighbouring rows; wanted every `ranks`-th row, beginning "
                 "with row `rank`.",
+            ),
+            Mistake(
+                "equal blocks",
+                even_blocks,
+                "Your processes take neighbouring rows, and rows that do not divide evenly are "
+                "lost; wanted every `ranks`-th row, beginning with row `rank`.",
             ),
             Mistake(
                 "a batch each",

@@ -623,7 +623,7 @@ QUESTIONS = (
         "training.write_whole",
         points=3,
         reference=write_whole,
-        forbid=("checkpoint.whole_folder",),
+        forbid=("files.whole_folder",),
         cases=contents,
         run=run_write,
         mistakes=(

@@ -94,7 +94,7 @@ def test_the_wrong_number_of_arguments():
 
 
 def broken(x):
-    total = x.sum() + missing
+    total = x.sum() + missing  # noqa: F821  that is the error
     return x / total
 
 
