@@ -11,8 +11,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.config import Config
+from sphinx.environment import BuildEnvironment
 from sphinx.errors import ExtensionError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +23,9 @@ REPOSITORY = PROJECT["urls"]["Repository"]
 
 # A link of the sidebar, and the arrow behind it.
 TOGGLE = re.compile(r"(<a [^>]*>([^<]*)</a><details[^>]*><summary)(>)")
+
+# A page that has its chapter's number in its name.
+NUMBERED = re.compile(r"(?:chapters|exercises)/(\d\d)_")
 
 # The parts of MathJax 3 that a page can ask for: TeX in, HTML out, and speech in English.
 MATHJAX = ("tex-chtml.js", "input/tex/extensions", "output/chtml", "a11y", "sre")
@@ -64,6 +69,25 @@ def name_toggles(app: Sphinx, page: str, template: str, context: dict[str, Any],
     context["generate_toctree_html"] = named
 
 
+def number_by_name(app: Sphinx, env: BuildEnvironment) -> list[str]:
+    """Give a chapter the number of its file, 18 to `18_decoding`, though 17 is not there yet."""
+    for document, numbers in env.toc_secnumbers.items():
+        match = NUMBERED.match(document)
+        if not match:
+            continue
+
+        def renumbered(number: list[int] | None, chapter: int = int(match[1])) -> Any:
+            return number and type(number)((chapter, *number[1:]))
+
+        numbers.update({anchor: renumbered(number) for anchor, number in numbers.items()})
+        title = env.titles[document]
+        title["secnumber"] = renumbered(title.get("secnumber"))
+        for link in env.tocs[document].findall(nodes.reference):
+            if "secnumber" in link:
+                link["secnumber"] = renumbered(link["secnumber"])
+    return []
+
+
 def source_link(domain: str, info: dict[str, str]) -> str | None:
     """The lines on GitHub that define a documented object (called by sphinx.ext.linkcode)."""
     if domain != "py" or not info["module"].startswith("minilm"):
@@ -88,6 +112,7 @@ def use_source_links(app: Sphinx, config: Config) -> None:
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("config-inited", use_source_links)
     app.connect("builder-inited", copy_mathjax)
+    app.connect("env-get-updated", number_by_name, priority=900)
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("html-page-context", name_toggles, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

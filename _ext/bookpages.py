@@ -86,7 +86,7 @@ def layers() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     (contract,) = project["tool"]["importlinter"]["contracts"]
     names = (name.strip() for line in reversed(contract["layers"]) for name in line.split("|"))
-    return [name.removeprefix("minilm.") for name in names]
+    return [name.strip("()").removeprefix("minilm.") for name in names]
 
 
 @cache

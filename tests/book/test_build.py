@@ -13,6 +13,7 @@ import pytest
 from bs4 import BeautifulSoup
 
 import minilm
+from minilm.results import load_result
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = [
@@ -97,6 +98,24 @@ def test_every_notebook_is_a_page(book):
 
 def test_links_and_anchors_lead_somewhere(book):
     assert dead_links(book.html) == []
+
+
+def test_a_chapter_has_the_number_of_its_file(book):
+    for name in NOTEBOOKS:
+        if name.startswith("chapters/"):
+            page = parse(book.html / f"{name}.html")
+            number = str(int(Path(name).name[:2]))
+            heading = page.find("h1").get_text()
+            current = page.select_one("nav.bd-links li.current.active > a").get_text().strip()
+            assert heading.startswith(f"{number}. ") and current.startswith(f"{number}. "), name
+
+
+def test_the_speed_page_draws_each_committed_benchmark(book):
+    page = parse(book.html / "appendix" / "speed.html")
+    assert len(page.select("article table")) == 4
+    for name in ("tokenizer", "speedrun", "decode"):
+        made = load_result(name)["made"]
+        assert made["command"] in page.get_text() and made["commit"] in page.get_text()
 
 
 def test_a_dead_link_and_a_dead_anchor_are_found(book, tmp_path):
