@@ -48,11 +48,23 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit of the working tree, marked when the tree has changes; "unknown" outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    here = Path(__file__).parent
-    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    """The commit of the working tree, marked when it has changes; "unknown" outside git.
+
+    Other results do not count as changes: a run makes several, one after another.
+    """
+
+    def git(*arguments: str) -> str:
+        here = Path(__file__).parent
+        command = ["git", *arguments]
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    if not commit:
+        return "unknown"
+    elsewhere = (":/", ":(top,exclude)minilm/assets/results")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *elsewhere)
+    return f"{commit}-dirty" if changed else commit
 
 
 def _path(name: str) -> Path:
