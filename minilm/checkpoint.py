@@ -106,6 +106,8 @@ def load_model(folder: AnyPath) -> Transformer:
     """
     folder = Path(folder)
     content = read_json(folder / "config.json")
+    if "quantization" in content:
+        raise DataError(f"{folder} holds a quantized model; open it with minilm.load")
     try:
         config = ModelConfig(**content)
     except TypeError as error:

@@ -495,6 +495,7 @@ def train_language_model(
     seq_len: int = 32,
     learning_rate: float = 0.005,
     carry: int = 16,
+    stop_after: int | None = None,
 ) -> list[float]:
     """Train by truncated backpropagation through time: the state goes on, the gradient stops.
 
@@ -509,6 +510,7 @@ def train_language_model(
         learning_rate: The highest.
         carry: Chunks through which a state is carried. Then the model begins anew, with the begin
             token and no state, so that it learns how to start.
+        stop_after: Take only the first so many steps of the run.
 
     Returns:
         The loss of each step in nats per byte.
@@ -518,7 +520,7 @@ def train_language_model(
     optimizer = torch.optim.Adam(model.parameters(), learning_rate, betas=(0.9, 0.99))
     device, losses = model.embedding.weight.device, []
     state: State | None = None
-    for step in range(steps):
+    for step in range(steps if stop_after is None else min(stop_after, steps)):
         optimizer.param_groups[0]["lr"] = learning_rate * min((step + 1) / 30, 1 - step / steps)
         inputs, targets, anew = next(chunks)
         if anew or step % carry == 0:

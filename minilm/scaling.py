@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from itertools import product
 from types import MappingProxyType
@@ -295,7 +296,7 @@ def measure_hardware(watts: float, size: int = 1024, megabytes: int = 128) -> Ha
         size: Side of the matrices.
         megabytes: Of each vector; more than the caches hold.
     """
-    a, b = torch.randn(size, size), torch.randn(size, size)
+    a, b = torch.ones(size, size), torch.ones(size, size)
     x, y = torch.ones(megabytes * 2**18), torch.ones(megabytes * 2**18)
     matrices_s = _best_seconds(lambda: torch.mm(a, b))
     vectors_s = _best_seconds(lambda: torch.dot(x, y))
@@ -361,7 +362,15 @@ class ScalingLaw:
         return self.E + self.A / n_parameters**self.alpha + self.B / n_tokens**self.beta
 
     def allocate(self, flops: float) -> tuple[float, float]:
-        """The parameters and tokens of least loss among those with 6 · N · D = `flops`."""
+        """The parameters and tokens of least loss among those with 6 · N · D = `flops`.
+
+        Raises:
+            ConfigError: If an exponent is not above 0: then more of one thing is always better.
+        """
+        if min(self.alpha, self.beta, flops) <= 0:
+            raise ConfigError(
+                f"alpha={self.alpha}, beta={self.beta}, flops={flops}; wanted all above 0"
+            )
         power, total = self.beta / (self.alpha + self.beta), self.alpha + self.beta
         balance = (self.alpha * self.A / (self.beta * self.B)) ** (1 / total)
         n_parameters = balance * (flops / 6) ** power
@@ -395,12 +404,16 @@ def fit_law(
         starts: Where to begin; default: a grid of exponents and floors.
 
     Raises:
-        DataError: If there are too few runs, or all have one size or one length.
+        ConfigError: If `delta` is not above 0.
+        DataError: If there are too few runs, or all have one size or one length, or no start leads
+            to finite numbers.
 
     Source:
         Hoffmann et al. 2022, appendix D.3. Summed, not averaged: Besiroglu et al. 2024,
         https://arxiv.org/abs/2404.10102
     """
+    if delta <= 0:
+        raise ConfigError(f"delta={delta}; wanted above 0, such as 0.001 for residuals of 0.1%")
     n, d, loss = np.array([astuple(run) for run in runs]).reshape(-1, 3).T
     if len(runs) < 6 or len(set(n)) < 2 or len(set(d)) < 2:
         raise DataError(
@@ -408,9 +421,11 @@ def fit_law(
             "numbers needs at least 6 runs, and two sizes and lengths"
         )
     logs = torch.tensor(np.log([n, d, loss]))
-    starts = _starts(n, d, loss) if starts is None else starts
-    fits = [_descend(logs, delta, start) for start in starts]
-    return min(fits, key=lambda fit: fit[0])[1]
+    fits = [_descend(logs, delta, start) for start in starts or _starts(n, d, loss)]
+    reached, law = min(fits, key=lambda fit: fit[0])
+    if not np.isfinite(reached):
+        raise DataError(f"none of {len(fits)} starts led to finite numbers; pass other `starts`")
+    return law
 
 
 def _starts(n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> list[ScalingLaw]:
@@ -464,8 +479,8 @@ def bootstrap_laws(
 ) -> list[ScalingLaw]:
     """Fit laws to runs drawn again with replacement, each from the whole fit's law.
 
-    Draws that leave fewer than two sizes or lengths, or that an exponent runs away from, are drawn
-    once more.
+    Draws that leave fewer than two sizes or lengths, or no exponents between 0 and `STEEPEST`, are
+    drawn once more.
 
     Raises:
         DataError: If most draws are of that kind.
@@ -474,9 +489,9 @@ def bootstrap_laws(
     found: list[ScalingLaw] = []
     for _ in range(10 * samples):
         drawn = [runs[i] for i in rng.integers(len(runs), size=len(runs))]
-        if len({run.parameters for run in drawn}) > 1 and len({run.tokens for run in drawn}) > 1:
+        with suppress(DataError):  # a draw of one size or length
             fitted = fit_law(drawn, delta, [law])
-            if max(fitted.alpha, fitted.beta) < STEEPEST:
+            if 0 < fitted.alpha < STEEPEST and 0 < fitted.beta < STEEPEST:
                 found.append(fitted)
         if len(found) == samples:
             return found
@@ -536,6 +551,9 @@ def effective_tokens(unique_tokens: Any, epochs: Any, decay: float = 15.39) -> A
         epochs: How often it is read, from 1 up; numbers or arrays.
         decay: Repetitions after which one more is worth 1/e of a fresh reading.
 
+    Raises:
+        ConfigError: If `epochs` is below 1, or `decay` not above 0.
+
     Example:
         >>> round(effective_tokens(100, 1)), round(effective_tokens(100, 4))
         (100, 373)
@@ -543,4 +561,6 @@ def effective_tokens(unique_tokens: Any, epochs: Any, decay: float = 15.39) -> A
     Source:
         Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264
     """
+    if np.min(epochs) < 1 or decay <= 0:
+        raise ConfigError(f"epochs={epochs}, decay={decay}; wanted at least 1, and above 0")
     return unique_tokens * (1 + decay * (1 - np.exp((1 - epochs) / decay)))

@@ -126,10 +126,10 @@ def test_generate_continues_the_prompt_and_repeats_itself(capsys, small):
 
 def test_generate_prints_each_piece_when_it_comes(monkeypatch, small):
     """What is flushed, one write a piece: the prompt, then characters, never half of one."""
-    from minilm import pretrained
+    from minilm import generation
 
     written = []
-    monkeypatch.setattr(pretrained, "stream_text", lambda *_: iter(["", "é", " 🙂"]))
+    monkeypatch.setattr(generation, "stream", lambda *_: iter(["", "é", " 🙂"]))
     monkeypatch.setattr(
         "builtins.print", lambda *a, end="\n", flush=False: written.append(("".join(a), end, flush))
     )
@@ -143,15 +143,15 @@ def test_generate_prints_each_piece_when_it_comes(monkeypatch, small):
 def test_chat_answers_each_line_of_a_pipe(capsys, monkeypatch, small):
     import io
 
-    from minilm import pretrained
+    from minilm import generation
 
     asked = []
 
-    def echo(model, ids, *_, **choices):
-        asked.append((model.tokenizer.decode(ids), choices["seed"]))
+    def echo(model, ids, max_new_tokens, sampling, stop):
+        asked.append((model.tokenizer.decode(ids), sampling.seed))
         return iter(["so ", "said"])
 
-    monkeypatch.setattr(pretrained, "stream_text", echo)
+    monkeypatch.setattr(generation, "stream", echo)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Who is there?\n\n  Nay, answer me\n"))
     code, out, err = run(capsys, "chat", "--model", small, "--system", "Be brief.", "--seed", "3")
     assert (code, out, err) == (0, "so said\nso said\n", "")
@@ -167,6 +167,49 @@ def test_chat_in_a_real_pipe(small):
     command = [sys.executable, "-m", "minilm", "chat", "--model", small, "--max-new-tokens", "5"]
     done = subprocess.run(command, input="To be?\n", capture_output=True, text=True, check=True)
     assert done.stdout.endswith("\n") and done.stderr == ""
+
+
+def test_all_samplers_and_stop_texts(capsys, small):
+    """The same text as `minilm.generation.stream` writes, and an end before a stop text."""
+    from minilm.decoder import Decoder
+    from minilm.generation import Sampling, stream
+    from minilm.pretrained import load_hf
+
+    model = load_hf(small)
+    sampling = Sampling(1.5, 40, 0.95, 0.001, 1.1, 3)
+    wanted = "".join(stream(Decoder(model), model.tokenizer.encode("to be"), 30, sampling))
+    words = (
+        "generate|to be|--model|{}|--max-new-tokens|30|--temperature|1.5|--top-k|40|--top-p|0.95|"
+        "--min-p|0.001|--repetition-penalty|1.1|--seed|3"
+    ).format(small)
+    assert run(capsys, *words.split("|"))[1] == f"to be{wanted}\n"
+    stop = next(wanted[i : i + 2] for i in range(5, 60) if wanted[i : i + 2].isascii())
+    got = run(capsys, *words.split("|"), "--stop", stop, "never")[1]
+    assert got == f"to be{wanted[: wanted.index(stop)]}\n"
+    half = run(capsys, "generate", "to be", "--model", small, "--dtype", "bfloat16")
+    assert half[0] == 0 and half[1].startswith("to be")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--temperature", "-1"], "temperature=-1"),
+        (["--top-p", "2"], "top_p=2.0; wanted above 0"),
+        (["--max-new-tokens", "600"], "there is room for 512"),
+        (["--stop", ""], "a stop text is empty"),
+    ],
+)
+def test_bad_settings_of_generate_print_nothing_else(capsys, small, arguments, said):
+    code, out, err = run(capsys, "generate", "to be", "--model", small, *arguments)
+    assert (code, out) == (2, "") and said in err
+
+
+def test_a_conversation_that_is_too_long(capsys, monkeypatch, small):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("to be " * 300 + "\n"))
+    code, _, err = run(capsys, "chat", "--model", small)
+    assert code == 2 and "tokens, the model reads 512; begin a new one" in err
 
 
 def test_export_writes_the_same_model(capsys, small, tmp_path):

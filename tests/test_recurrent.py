@@ -324,6 +324,17 @@ def test_training_learns_a_text_and_the_begin_token():
     assert model.sample("defghab", 4, temperature=0.0) == "cdef"
 
 
+def test_training_stopped_early_is_the_beginning_of_the_whole_run():
+    """The learning rate falls as in the whole run, not as in a shorter one."""
+    losses = []
+    for steps, stop_after in ((40, None), (40, 25), (40, 99), (25, None)):
+        torch.manual_seed(0)
+        model = LSTMLanguageModel(4, 8)
+        losses.append(train_language_model(model, [TEXT], steps, 2, 8, stop_after=stop_after))
+    whole, stopped, late, shorter = losses
+    assert len(whole) == 40 and stopped == whole[:25] and late == whole and shorter != stopped
+
+
 def test_log_probs_rows_are_singles_and_match_the_forward_pass():
     model = LSTMLanguageModel(4, 6)
     ids = np.random.default_rng(0).integers(0, 256, (3, 300))

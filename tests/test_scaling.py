@@ -301,6 +301,10 @@ def test_the_fit_refuses_too_little():
     ):
         with pytest.raises(DataError, match="needs at least 6 runs"):
             fit_law(runs)
+    with pytest.raises(ConfigError, match=r"delta=0\.0; wanted above 0"):
+        fit_law(runs_of(TRUTH), delta=0.0)
+    with pytest.raises(DataError, match="none of 1 starts led to finite numbers"):
+        fit_law(runs_of(TRUTH), starts=[replace(TRUTH, E=math.nan)])
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), 0.0, -1.0])
@@ -318,6 +322,14 @@ def test_no_other_split_of_the_budget_is_better(law, flops):
     losses = law.loss(others, flops / 6 / others)
     assert losses.argmin() == 200
     assert law.loss(n, d) == pytest.approx(losses.min())
+
+
+@pytest.mark.parametrize("changes", [{"alpha": -0.1}, {"beta": 0.0}])
+def test_a_law_without_an_optimum_allocates_nothing(changes):
+    with pytest.raises(ConfigError, match="wanted all above 0"):
+        replace(TRUTH, **changes).allocate(1e15)
+    with pytest.raises(ConfigError, match=r"flops=0\.0"):
+        TRUTH.allocate(0.0)
 
 
 @given(laws, st.floats(1e4, 1e9), st.floats(1e5, 1e12))
@@ -360,6 +372,17 @@ def test_bootstrap_is_repeatable_and_spreads_with_the_noise():
     assert spread[1] > 2 * spread[0]
 
 
+def test_bootstrap_gives_up_where_an_exponent_has_no_hold(monkeypatch):
+    runs, fitted = runs_of(TRUTH), iter(range(10**6))
+    monkeypatch.setattr(
+        "minilm.scaling.fit_law",
+        lambda *_: replace(TRUTH, alpha=(-0.1, 11.0)[next(fitted) % 2]),
+    )
+    with pytest.raises(DataError, match="0 laws from 30 draws of 16 runs, wanted 3"):
+        bootstrap_laws(runs, TRUTH, samples=3)
+    assert next(fitted) == 30
+
+
 def test_intervals_hold_what_they_should():
     # Eight noisy grids, and a run beyond each. If the intervals hold the 95% that they promise,
     # fewer than 5 hits come by chance once in 2,700 times. The seeds are fixed.
@@ -367,7 +390,7 @@ def test_intervals_hold_what_they_should():
     for seed in range(8):
         runs = runs_of(TRUTH, 0.004, seed)
         law = fit_law(runs, starts=[TRUTH])
-        found = predict(runs, law, bootstrap_laws(runs, law, samples=30), 1e6, 2e6)
+        found = predict(runs, law, bootstrap_laws(runs, law, samples=20), 1e6, 2e6)
         seen = TRUTH.loss(1e6, 2e6) * math.exp(0.004 * np.random.default_rng(99 + seed).normal())
         assert found.low < found.high
         hits += found.low <= seen <= found.high
@@ -389,6 +412,12 @@ def test_repeated_tokens(unique, epochs):
     assert unique <= worth * (1 + 1e-9) and worth <= unique * epochs * (1 + 1e-9)
     assert worth < unique * (1 + 15.39)
     assert effective_tokens(unique, epochs + 1) > worth
+
+
+@pytest.mark.parametrize(("epochs", "decay"), [(0.5, 15.0), (np.array([2, 0]), 15.0), (2, 0.0)])
+def test_repeated_tokens_refuse(epochs, decay):
+    with pytest.raises(ConfigError, match="wanted at least 1"):
+        effective_tokens(100, epochs, decay)
 
 
 def test_repeated_tokens_as_published():

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,6 +12,7 @@ import tyro
 
 from minilm.cli.data import data_build
 from minilm.cli.evaluate import evaluate
+from minilm.cli.quantize import quantize
 from minilm.cli.train import train
 from minilm.errors import ConfigError, DataError, MinilmError
 from minilm.files import write_atomically
@@ -83,7 +85,12 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: tuple[str, ...] = (),
     seed: int = 0,
+    dtype: Literal["float32", "bfloat16"] | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> int:
     """Continue a text with a pretrained model, token by token.
@@ -94,15 +101,23 @@ def generate(
         max_new_tokens: Tokens to add; the model may end the text earlier.
         temperature: Below 1 prefers the probable; 0 always takes the most probable token.
         top_k: Choose among so many tokens only.
+        top_p: Choose among the fewest tokens whose probabilities reach this sum, such as 0.9.
+        min_p: Choose among tokens with at least this part of the largest probability, such as 0.1.
+        repetition_penalty: Above 1 makes tokens less probable that have come before.
+        stop: Texts before which to end, as in: --stop "." "!"
         seed: Equal seeds give equal texts.
+        dtype: Of the weights; bfloat16 is quicker, float32 is exact. Default: the model's.
         device: Where to compute; auto takes a GPU where there is one.
     """
-    from minilm.pretrained import stream_text
+    from minilm.generation import Sampling, stream
 
-    network, tokenizer = _pretrained(model, device)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    network, tokenizer = _pretrained(model, device, dtype)
     ids = tokenizer.encode(prompt, allow_special=False) or [network.begin_id]
+    pieces = stream(network, ids, max_new_tokens, sampling, stop)
+    first = next(pieces, "")  # an error comes before anything is printed
     print(prompt, end="", flush=True)
-    _print_pieces(stream_text(network, ids, max_new_tokens, temperature, top_k, seed))
+    _print_pieces(chain([first], pieces))
     return 0
 
 
@@ -112,7 +127,12 @@ def chat(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: tuple[str, ...] = (),
     seed: int = 0,
+    dtype: Literal["float32", "bfloat16"] | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> int:
     """Talk with a pretrained model: each line of the input is a message.
@@ -125,13 +145,20 @@ def chat(
         max_new_tokens: Tokens in the longest reply.
         temperature: Below 1 prefers the probable; 0 always takes the most probable token.
         top_k: Choose among so many tokens only.
+        top_p: Choose among the fewest tokens whose probabilities reach this sum, such as 0.9.
+        min_p: Choose among tokens with at least this part of the largest probability, such as 0.1.
+        repetition_penalty: Above 1 makes tokens less probable that have come before.
+        stop: Texts before which a reply ends.
         seed: Equal seeds and equal messages give equal replies.
+        dtype: Of the weights; bfloat16 is quicker, float32 is exact. Default: the model's.
         device: Where to compute; auto takes a GPU where there is one.
     """
-    from minilm.pretrained import Chat
+    from minilm.generation import Sampling, stream
+    from minilm.pretrained import chat_ids
 
-    choices = {"temperature": temperature, "top_k": top_k, "seed": seed}
-    conversation = Chat(_pretrained(model, device)[0], system, max_new_tokens, **choices)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    network, tokenizer = _pretrained(model, device, dtype)
+    messages = [] if system is None else [{"role": "system", "content": system}]
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         print(prompt, end="", flush=True)
@@ -139,7 +166,16 @@ def chat(
         if not line:
             return 0
         if line.strip():
-            _print_pieces(conversation.stream(line.strip()))
+            messages.append({"role": "user", "content": line.strip()})
+            ids = chat_ids(tokenizer, messages)
+            room = network.config.max_seq_len - len(ids)
+            if room < 1:
+                raise ConfigError(
+                    f"the conversation has {len(ids)} tokens, the model reads "
+                    f"{network.config.max_seq_len}; begin a new one"
+                )
+            reply = _print_pieces(stream(network, ids, min(max_new_tokens, room), sampling, stop))
+            messages.append({"role": "assistant", "content": reply})
 
 
 def export(
@@ -154,7 +190,7 @@ def export(
         to: Its form; hf: config.json, model.safetensors and tokenizer.json, as on the Hub.
         model: smollm2-135m, book, a .gguf file, or the folder of a model.
     """
-    from minilm.checkpoint import load
+    from minilm import load
     from minilm.pretrained import export_hf
 
     export_hf(load(model), folder)
@@ -213,10 +249,12 @@ def score(files: tyro.conf.Positional[tuple[Path, ...]], order: int = 6) -> int:
     return 0
 
 
-def _pretrained(model: str, device: str) -> "tuple[Transformer, BPETokenizer]":
+def _pretrained(model: str, device: str, dtype: str | None) -> "tuple[Transformer, BPETokenizer]":
+    """A model arranged for decoding, and its tokenizer."""
     import torch
 
-    from minilm.checkpoint import load
+    from minilm import load
+    from minilm.decoder import Decoder
     from minilm.device import default_device
     from minilm.tokenizer import BPETokenizer
 
@@ -226,14 +264,17 @@ def _pretrained(model: str, device: str) -> "tuple[Transformer, BPETokenizer]":
     tokenizer = getattr(network, "tokenizer", None)
     if not isinstance(tokenizer, BPETokenizer):
         raise DataError(f"{model} has no tokenizer.json; fetch the whole folder")
-    return network, tokenizer
+    return Decoder(network, None if dtype is None else getattr(torch, dtype)), tokenizer
 
 
-def _print_pieces(pieces: Iterable[str]) -> None:
-    """Print as it comes, then end the line."""
+def _print_pieces(pieces: Iterable[str]) -> str:
+    """Print as it comes, then end the line; return the whole."""
+    text = ""
     for piece in pieces:
+        text += piece
         print(piece, end="", flush=True)
     print()
+    return text
 
 
 def _ngram_model(order: int) -> "NGramModel":
@@ -263,6 +304,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "generate": generate,
     "grade": grade,
     "ledger": ledger,
+    "quantize": quantize,
     "sample": sample,
     "score": score,
     "train": train,

@@ -31,7 +31,7 @@ def evaluate(
     The test plays are for the last figure: compare and choose on the validation plays.
 
     Args:
-        model: book, smollm2-135m, a folder made by minilm train, or a .gguf file.
+        model: book, smollm2-135m, a folder made by minilm train or quantize, or a .gguf file.
         tasks: Names of tasks: cloze, speaker, genre.
         split: Which plays.
         n_items: Questions in each task.
@@ -71,7 +71,7 @@ def load_model(name: str, device: str) -> "Transformer":
     """Load a model to where it is to compute."""
     import torch
 
-    from minilm.checkpoint import load
+    from minilm import load
     from minilm.device import default_device
 
     if device == "cuda" and not torch.cuda.is_available():

@@ -14,7 +14,7 @@ from minilm.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from minilm.training import TrainConfig
+    from minilm.training import Strategy, TrainConfig
 
 __all__ = ["train"]
 
@@ -31,6 +31,7 @@ def train(
     """Train a model: metrics, samples, checkpoints and the model itself go to a folder.
 
     A run that was stopped, however hard, goes on with --resume and ends with the same weights.
+    On several processes: torchrun --nproc-per-node 2 -m minilm train --folder FOLDER
 
     Args:
         overrides: Settings that differ, such as steps=500 optimizer.lr=1e-3 model.n_layers=4.
@@ -40,13 +41,29 @@ def train(
         resume: Go on with the run in the folder, from its last checkpoint.
     """
     from minilm import training
+    from minilm.distributed.launch import strategy_from_environment
+
+    with warnings.catch_warnings(), strategy_from_environment() as strategy:
+        settings = _settings(preset, config, overrides)
+        if strategy.rank == 0:
+            _train_and_tell(settings, folder, strategy, resume)
+        else:
+            warnings.simplefilter("ignore")  # what process 0 says for all
+            training.train(settings, folder, strategy, resume)
+    return 0
+
+
+def _train_and_tell(
+    settings: "TrainConfig", folder: Path, strategy: "Strategy", resume: bool
+) -> None:
+    """What process 0 does: train, show it, and write the model."""
+    from minilm import training
     from minilm.checkpoint import save_model
 
-    settings = _settings(preset, config, overrides)
-    with warnings.catch_warnings(), _Screen(settings, folder) as screen:
+    with _Screen(settings, folder) as screen:
         warnings.showwarning = _show_warning
         try:
-            result = training.train(settings, folder, resume=resume, callbacks=[screen])
+            result = training.train(settings, folder, strategy, resume, callbacks=[screen])
         except KeyboardInterrupt:
             print(f"minilm: stopped; --resume goes on from {folder}'s last checkpoint")
             raise
@@ -55,7 +72,6 @@ def train(
     print(
         f"{result.steps} steps in {result.seconds:.0f} s{best}; the model is in {folder / 'model'}"
     )
-    return 0
 
 
 def _settings(preset: str, file: Path | None, overrides: Iterable[str]) -> "TrainConfig":
