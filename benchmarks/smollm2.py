@@ -6,11 +6,12 @@
 Writes minilm/assets/results/smollm2.json. Takes about 40 minutes of one core and 2 GB.
 
 The model sees at most 2,048 tokens at once and reads every play through windows that overlap by
-half. The excerpt is the first 8,000 bytes of the first test play, by the same windows; chapter 07
-scores it again. "By heart": the model gets one line of a play, with its end, after the begin token;
-a hit is a token of the text that follows which is also the model's most probable one, given all
-true tokens before it. As many tokens as are hit before the first miss it would have written itself
-by greedy choice. "Last word": whether the first token of the line's own last word is a hit.
+half. The excerpt is the first 8,000 bytes of the first test play, by the same windows. Chapter 07
+scores the first scene of Macbeth again, and compares it with that scene's bits. "By heart": the
+model gets one line of a play, with its end, after the begin token; a hit is a token of the text
+that follows which is also the model's most probable one, given all true tokens before it. As many
+tokens as are hit before the first miss it would have written itself by greedy choice. "Last word":
+whether the first token of the line's own last word is a hit.
 """
 
 import argparse

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -57,9 +57,9 @@ class PackedLinear(nn.Module):
         super().__init__()
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         self.nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
-        self.fbgemm = weight.dtype != torch.float32 and fits_fbgemm(weight)
+        self.multiply = fbgemm() if fits_fbgemm(weight) else None
         self.transposed = weight.dtype == torch.float32 and weight.device.type == "cpu"
-        if self.fbgemm:
+        if self.multiply is not None:
             wide = None if bias is None else bias.float()
             self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), wide)
         else:
@@ -68,30 +68,34 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Multiply; the result has the dtype of `x`."""
-        if self.fbgemm:
-            product: Tensor = torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed)
+        if self.multiply is not None:
+            product: Tensor = self.multiply(x.float(), self.packed)
         elif self.transposed:
             product = x @ self.weight if self.bias is None else x @ self.weight + self.bias
         else:
             product = F.linear(x.to(self.weight.dtype), self.weight, self.bias)
-        return product.to(x.dtype)
+        return product if product.dtype == x.dtype else product.to(x.dtype)
 
 
 def fits_fbgemm(weight: Float[Tensor, "out in"]) -> bool:
     """Whether FBGEMM is there and takes the weight: 16 bits, on the CPU, no number too large."""
-    small = weight.device.type == "cpu" and float(weight.abs().max()) <= 65504
-    return small and weight.dtype in (torch.bfloat16, torch.float16) and _has_fbgemm()
+    if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return fbgemm() is not None and float(weight.abs().max()) <= 65504
 
 
 @cache
-def _has_fbgemm() -> bool:
+def fbgemm() -> Callable[[Tensor, Any], Tensor] | None:
+    """FBGEMM's product of float32 rows and a packed float16 matrix; None where there is none."""
     try:
         packed = torch.ops.quantized.linear_prepack_fp16(torch.eye(2), None)
-        return torch.equal(
-            torch.ops.quantized.linear_dynamic_fp16(torch.ones(1, 2), packed), torch.ones(1, 2)
-        )
+        multiply: Callable[[Tensor, Any], Tensor] = torch.ops.quantized.linear_dynamic_fp16._op
+        ones = torch.ones(
+            1, 2
+        )  # `_op`: without the wrapper, which takes longer than a small product
+        return multiply if torch.equal(multiply(ones, packed), ones) else None
     except (AttributeError, RuntimeError):  # another processor, or a PyTorch without it
-        return False
+        return None
 
 
 def join_linears(layers: Sequence[nn.Module], linear: LinearFactory) -> nn.Module:
@@ -128,14 +132,16 @@ class FastRMSNorm(nn.Module):
 
     Args:
         norm: Where gain and eps come from.
-        dtype: Of what comes in.
+        dtype: Of what comes in: float32 or finer.
     """
 
     def __init__(self, norm: RMSNorm, dtype: torch.dtype) -> None:
         super().__init__()
         width = len(norm.weight)
         self.weight = nn.Parameter(norm.weight.detach().to(dtype) * width**0.5, False)
-        self.least = nn.Parameter((width * norm.eps) ** 0.5 * torch.ones(()).to(norm.weight), False)
+        self.least = nn.Parameter(
+            torch.ones_like(self.weight[0]) * (width * norm.eps) ** 0.5, False
+        )
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """Normalize the last axis."""
@@ -145,7 +151,9 @@ class FastRMSNorm(nn.Module):
 
 def arrange_norm(norm: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The quickest form of a norm; the model's own is not changed."""
-    return FastRMSNorm(norm, dtype) if isinstance(norm, RMSNorm) else deepcopy(norm).to(dtype)
+    if isinstance(norm, RMSNorm) and dtype in (torch.float32, torch.float64):
+        return FastRMSNorm(norm, dtype)
+    return deepcopy(norm).to(dtype)
 
 
 # One call
@@ -174,9 +182,8 @@ class Step:
             angles = rotary_angles(positions, config.head_dim, config.rope_theta)[:, :, None]
             cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
             self.waves = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-        self._known: tuple[Tensor | None, int | None] = (None, -1)
-        self._bias: Tensor | None = None
-        self._causal = False
+        self._made_for: tuple[Tensor | None, int | None] = (None, None)
+        self._seen: tuple[Tensor | None, bool] = (None, False)
 
     def turn(self, x: Float[Tensor, "batch seq heads e"]) -> Float[Tensor, "batch seq heads e"]:
         """`minilm.attention.rotate` for all heads at once, in three operations."""
@@ -192,22 +199,22 @@ class Step:
 
         Made anew only where a layer's keys or its window are others than the last layer's.
         """
-        if self._known[0] is there and self._known[1] == window:
-            return self._bias, self._causal
-        config, n = self.config, self.positions.shape[1]
+        if self._made_for[0] is there and self._made_for[1] == window:
+            return self._seen
+        self._made_for, alibi = (there, window), self.config.positions == "alibi"
         mask = attention_mask(self.positions, there, window=window)
-        everything = bool(mask.all())
-        self._known, self._bias, self._causal = (there, window), None, False
-        if config.positions == "alibi":
-            slopes = alibi_slopes(config.n_heads).to(there.device)
-            self._bias = alibi_bias(slopes, self.positions, there).to(self.dtype)
-        elif n > 1 and n == there.shape[1] and bool((mask == torch.ones_like(mask).tril()).all()):
-            self._causal = True
-        if not everything and not self._causal:
-            lowest = torch.finfo(self.dtype).min
-            zeros = self._bias if self._bias is not None else torch.zeros((), dtype=self.dtype)
-            self._bias = zeros.to(there.device).masked_fill(~mask, lowest)
-        return self._bias, self._causal
+        square = mask.shape[2] == mask.shape[3]
+        if not alibi and mask.all():
+            self._seen = None, False
+        elif not alibi and square and torch.equal(mask, torch.ones_like(mask).tril()):
+            self._seen = None, True
+        else:
+            bias = torch.zeros(1, dtype=self.dtype, device=there.device)
+            if alibi:
+                slopes = alibi_slopes(self.config.n_heads).to(there.device)
+                bias = alibi_bias(slopes, self.positions, there).to(self.dtype)
+            self._seen = bias.masked_fill(~mask, torch.finfo(self.dtype).min), False
+        return self._seen
 
 
 class DecoderLayer(nn.Module):

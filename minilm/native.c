@@ -14,6 +14,7 @@
 #include <stdlib.h>
 
 #define TOP 32767.0f
+#define SMALL 65536 /* products that one thread does sooner than two can be asked */
 
 static inline float sum(__m256 v) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -25,15 +26,16 @@ static inline float sum(__m256 v) {
 static void round_activations(const float *x, int n, int group, int16_t *codes, float *scale,
                               float *total) {
     for (int g = 0; g < n / group; g++, x += group, codes += group) {
-        float most = 0, all = 0;
-        for (int k = 0; k < group; k++) {
-            most = fabsf(x[k]) > most ? fabsf(x[k]) : most;
-            all += x[k];
-        }
+        float most = 0;
+        int64_t all = 0;
+        for (int k = 0; k < group; k++) most = fabsf(x[k]) > most ? fabsf(x[k]) : most;
         float inverse = most > 0 ? TOP / most : 0;
-        for (int k = 0; k < group; k++) codes[k] = (int16_t)lrintf(x[k] * inverse);
+        for (int k = 0; k < group; k++) {
+            codes[k] = (int16_t)lrintf(x[k] * inverse);
+            all += codes[k]; /* of what is multiplied, so that errors do not add up */
+        }
         scale[g] = most / TOP;
-        total[g] = all;
+        total[g] = all * scale[g];
     }
 }
 
@@ -54,7 +56,8 @@ int int8_matmul(const float *x, const int8_t *codes, const float *scale, float *
     float *step = malloc(2 * (size_t)m * blocks * sizeof *step), *unused = step + m * blocks;
     if (!in || !step) return free(in), free(step), 0;
     round_activations(x, m * width, 32, in, step, unused);
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(threads) \
+    if ((size_t)m * rows * width > SMALL)
     for (int n = 0; n < rows; n++) {
         const int8_t *row = codes + (size_t)n * width;
         for (int i = 0; i < m; i++) {
@@ -77,14 +80,6 @@ int int8_matmul(const float *x, const int8_t *codes, const float *scale, float *
     return free(in), free(step), 1;
 }
 
-/* 16-bit floats as 32-bit floats. */
-static inline void widen(const uint16_t *half, float *wide, int n) {
-    int g = 0;
-    for (; g + 8 <= n; g += 8)
-        _mm256_storeu_ps(wide + g, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(half + g))));
-    for (; g < n; g++) wide[g] = _cvtsh_ss(half[g]);
-}
-
 /* The int4 codes of a group times as many activations, as eight sums. */
 static inline __m256 int4_group(const uint8_t *codes, const int16_t *x, int group) {
     const __m256i mask = _mm256_set1_epi16(15);
@@ -99,6 +94,41 @@ static inline __m256 int4_group(const uint8_t *codes, const int16_t *x, int grou
     return _mm256_cvtepi32_ps(part);
 }
 
+/* One row of int4 weights times one of activations. factor: [groups], of each group's sum. */
+static inline float int4_row(const uint8_t *codes, const int16_t *x, const float *factor,
+                             int groups, int group) {
+    __m256 even = _mm256_setzero_ps(), odd = even;
+    int g = 0;
+    for (; g + 1 < groups; g += 2, codes += group, x += 2 * group) {
+        __m256 one = int4_group(codes, x, group);
+        __m256 two = int4_group(codes + group / 2, x + group, group);
+        even = _mm256_fmadd_ps(one, _mm256_broadcast_ss(factor + g), even);
+        odd = _mm256_fmadd_ps(two, _mm256_broadcast_ss(factor + g + 1), odd);
+    }
+    if (g < groups)
+        even = _mm256_fmadd_ps(int4_group(codes, x, group), _mm256_broadcast_ss(factor + g), even);
+    return sum(_mm256_add_ps(even, odd));
+}
+
+/* Of n groups: factor = scale * step; returns the sum of least * total. */
+static inline float int4_factors(const uint16_t *scale, const uint16_t *least, const float *step,
+                                 const float *total, float *factor, int n) {
+    __m256 rest = _mm256_setzero_ps();
+    float last = 0;
+    int g = 0;
+    for (; g + 8 <= n; g += 8) {
+        __m256 s = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(scale + g)));
+        __m256 l = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(least + g)));
+        _mm256_storeu_ps(factor + g, _mm256_mul_ps(s, _mm256_loadu_ps(step + g)));
+        rest = _mm256_fmadd_ps(l, _mm256_loadu_ps(total + g), rest);
+    }
+    for (; g < n; g++) {
+        factor[g] = _cvtsh_ss(scale[g]) * step[g];
+        last += _cvtsh_ss(least[g]) * total[g];
+    }
+    return sum(rest) + last;
+}
+
 /* y = x @ (scale * codes + least).T, where each group has a scale and a least number. Of 32
    codes, byte i holds code i as its low half and code 16 + i as its high half. */
 int int4_matmul(const float *x, const uint8_t *codes, const uint16_t *scale, const uint16_t *least,
@@ -108,33 +138,18 @@ int int4_matmul(const float *x, const uint8_t *codes, const uint16_t *scale, con
     float *step = malloc(2 * (size_t)m * groups * sizeof *step), *total = step + m * groups;
     if (!in || !step) return free(in), free(step), 0;
     round_activations(x, m * width, group, in, step, total);
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(threads) \
+    if ((size_t)m * rows * width > SMALL)
     for (int n = 0; n < rows; n++) {
         const uint8_t *row = codes + (size_t)n * width / 2;
-        float scales[groups], leasts[groups], factor[groups];
-        widen(scale + (size_t)n * groups, scales, groups);
-        widen(least + (size_t)n * groups, leasts, groups);
+        const uint16_t *s = scale + (size_t)n * groups, *l = least + (size_t)n * groups;
+        float factor[groups];
         for (int i = 0; i < m; i++) {
             const int16_t *a = in + (size_t)i * width;
-            const float *steps = step + (size_t)i * groups, *totals = total + (size_t)i * groups;
-            float rest = 0;
-            for (int g = 0; g < groups; g++) {
-                factor[g] = scales[g] * steps[g];
-                rest += leasts[g] * totals[g];
-            }
-            __m256 even = _mm256_setzero_ps(), odd = even;
-            for (int g = 0; g < groups - 1; g += 2) {
-                __m256 one = int4_group(row + g * group / 2, a + g * group, group);
-                __m256 two = int4_group(row + (g + 1) * group / 2, a + (g + 1) * group, group);
-                even = _mm256_fmadd_ps(one, _mm256_broadcast_ss(factor + g), even);
-                odd = _mm256_fmadd_ps(two, _mm256_broadcast_ss(factor + g + 1), odd);
-            }
-            if (groups % 2) {
-                int g = groups - 1;
-                __m256 last = int4_group(row + g * group / 2, a + g * group, group);
-                even = _mm256_fmadd_ps(last, _mm256_broadcast_ss(factor + g), even);
-            }
-            y[(size_t)i * rows + n] = sum(_mm256_add_ps(even, odd)) + rest;
+            float rest = int4_factors(s, l, step + i * groups, total + i * groups, factor, groups);
+            float main = group == 32 ? int4_row(row, a, factor, groups, 32)
+                                     : int4_row(row, a, factor, groups, group);
+            y[(size_t)i * rows + n] = main + rest;
         }
     }
     return free(in), free(step), 1;

@@ -81,18 +81,10 @@ def int8_matmul(
     if native is None or width % BLOCK:
         return None
     wide, codes, scale = x.float().contiguous(), codes.contiguous(), scale.contiguous()
-    y = torch.empty(*x.shape[:-1], rows)
-    done = native.int8_matmul(
-        wide.data_ptr(),
-        codes.data_ptr(),
-        scale.data_ptr(),
-        y.data_ptr(),
-        x.numel() // width,
-        rows,
-        width,
-        len(scale) > 1,
-        torch.get_num_threads(),
-    )
+    y = torch.empty((*x.shape[:-1], rows))
+    places = wide.data_ptr(), codes.data_ptr(), scale.data_ptr(), y.data_ptr()
+    sizes = x.numel() // width, rows, width, scale.numel() > 1
+    done = native.int8_matmul(*places, *sizes, torch.get_num_threads())
     return y.to(x.dtype) if done else None
 
 
@@ -106,18 +98,10 @@ def int4_matmul(
     native, width, (rows, groups) = library(), x.shape[-1], scale.shape
     if native is None or width // groups % BLOCK:
         return None
-    wide, codes, scale = x.float().contiguous(), codes.contiguous(), scale.contiguous()
-    y = torch.empty(*x.shape[:-1], rows)
-    done = native.int4_matmul(
-        wide.data_ptr(),
-        codes.data_ptr(),
-        scale.data_ptr(),
-        least.contiguous().data_ptr(),
-        y.data_ptr(),
-        x.numel() // width,
-        rows,
-        width,
-        groups,
-        torch.get_num_threads(),
-    )
+    wide, least = x.float().contiguous(), least.contiguous()
+    codes, scale = codes.contiguous(), scale.contiguous()
+    y = torch.empty((*x.shape[:-1], rows))
+    places = codes.data_ptr(), scale.data_ptr(), least.data_ptr(), y.data_ptr()
+    sizes = x.numel() // width, rows, width, groups
+    done = native.int4_matmul(wide.data_ptr(), *places, *sizes, torch.get_num_threads())
     return y.to(x.dtype) if done else None

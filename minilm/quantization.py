@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -242,13 +242,13 @@ def pack_int4(codes: UInt8[Tensor, "*batch n"]) -> UInt8[Tensor, "*batch half"]:
     """
     if codes.shape[-1] % BLOCK:
         raise ConfigError(f"{codes.shape[-1]} codes in a row; wanted a multiple of {BLOCK}")
-    low, high = codes.unflatten(-1, (-1, 2, BLOCK // 2)).unbind(-2)
-    return (low | high << 4).flatten(-2)
+    low, high = codes.reshape(*codes.shape[:-1], -1, 2, BLOCK // 2).unbind(-2)
+    return torch.flatten(low | high << 4, -2)
 
 
 def unpack_int4(packed: UInt8[Tensor, "*batch half"]) -> UInt8[Tensor, "*batch n"]:
     """Undo `pack_int4`."""
-    halves = packed.unflatten(-1, (-1, BLOCK // 2))
+    halves = packed.reshape(*packed.shape[:-1], -1, BLOCK // 2)
     return torch.stack([halves & 15, halves >> 4], dim=-2).flatten(-3)
 
 
@@ -303,7 +303,8 @@ def _blocks(numbers: Array) -> Array:
 
 def _inverse(scale: Array) -> Array:
     tiny = np.finfo(np.float32).tiny  # below it 1 / scale may overflow; float16 has long been 0
-    return np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > tiny)
+    inverse: Array = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > tiny)
+    return inverse
 
 
 # Layers
@@ -318,9 +319,10 @@ def int8_matmul(
 ) -> Float[Tensor, "*batch rows"]:
     """Multiply activations with int8 weights: x @ (scale · codes).T.
 
-    A few rows of activations on a CPU take a kernel that reads each code once: `minilm.native`, or
-    without a compiler PyTorch's, which rounds activations to bfloat16. Everything else, and all
-    that needs gradients, is the formula in floats.
+    A few rows of activations on a CPU take a kernel that reads each code once: `minilm.native`,
+    which rounds activations to 16 bits (1/65,534 of the largest of 32), or without a compiler
+    PyTorch's, which rounds them to bfloat16. Everything else, and all that needs gradients, is the
+    formula in floats.
 
     Args:
         x: Any float dtype.
@@ -349,7 +351,7 @@ def int4_matmul(
 ) -> Float[Tensor, "*batch rows"]:
     """Multiply activations with int4 weights: x @ (scale · codes + least).T, group by group.
 
-    Roads as in `int8_matmul`; without a compiler it is the formula in floats.
+    Roads as in `int8_matmul`; without a compiler it is the formula in floats, which is slow.
 
     Args:
         x: Any float dtype.
@@ -364,7 +366,7 @@ def int4_matmul(
         y = native.int4_matmul(x, packed, scale, least)
         if y is not None:
             return y
-    groups = unpack_int4(packed).float().unflatten(-1, (scale.shape[1], -1))
+    groups = unpack_int4(packed).float().view(*scale.shape, -1)
     weight = groups * scale.float()[..., None] + least.float()[..., None]
     return F.linear(x, weight.flatten(1).to(x.dtype))
 
@@ -480,8 +482,11 @@ class Int8Linear(QuantizedLinear):
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch rows"]:
         """As `nn.Linear`, in the dtype of `x`."""
-        y = int8_matmul(x, self.codes, self.scale)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        held: dict[str, Any] = (
+            self._buffers
+        )  # looked up once: attributes of a module cost microseconds
+        y, bias = int8_matmul(x, held["codes"], held["scale"]), held["bias"]
+        return y if bias is None else y + bias.to(y.dtype)
 
 
 class Int4Linear(QuantizedLinear):
@@ -535,8 +540,9 @@ class Int4Linear(QuantizedLinear):
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch rows"]:
         """As `nn.Linear`, in the dtype of `x`."""
-        y = int4_matmul(x, self.codes, self.scale, self.least)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        held: dict[str, Any] = self._buffers
+        y, bias = int4_matmul(x, held["codes"], held["scale"], held["least"]), held["bias"]
+        return y if bias is None else y + bias.to(y.dtype)
 
 
 class QuantizedEmbedding(nn.Module):
@@ -706,10 +712,10 @@ def quantize_weights(
     if isinstance(model, QuantizedTransformer):
         raise ConfigError("the model is quantized already; start from its float weights")
     found: dict[str, Quantized] = {}
-    for name in ("embed_tokens", "lm_head") if scheme.embedding is not None else ():
-        module = getattr(model, name)
-        if module is not None:
-            found[name] = quantize(module.weight, scheme.embedding)
+    if scheme.embedding is not None:
+        found["embed_tokens"] = quantize(model.embed_tokens.weight, scheme.embedding)
+        if model.lm_head is not None:
+            found["lm_head"] = quantize(model.lm_head.weight, scheme.embedding)
     if not scheme.gptq:
         for name, linear in _linears(model):
             found[name] = quantize(linear.weight, scheme.linear)
@@ -723,11 +729,11 @@ def quantize_weights(
     for number, layer in enumerate(model.layers):
         block = copy.deepcopy(layer).float().eval()
         for name, second in _hessians(block, x).items():
-            linear = block.get_submodule(name)
-            rounded = gptq(linear.weight, second, scheme.linear)
-            linear.weight.copy_(dequantize(rounded))
+            weight = block.get_parameter(f"{name}.weight")
+            rounded = gptq(weight, second, scheme.linear)
+            weight.copy_(dequantize(rounded))
             found[f"layers.{number}.{name}"] = rounded
-        x = torch.cat([block(part) for part in x.split(FEW_ROWS)])
+        x = torch.cat([block(part) for part in _parts(x)])
     return found
 
 
@@ -738,13 +744,17 @@ def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield name, each
 
 
+def _parts(x: Tensor) -> list[Tensor]:
+    """Rows that go through a block together."""
+    return [x[start : start + 8] for start in range(0, len(x), 8)]
+
+
 def _hessians(block: nn.Module, x: Float[Tensor, "rows seq d_model"]) -> dict[str, Tensor]:
     """The Hessian of each linear layer of a block over inputs `x` of the block."""
     found = {
         name: torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64)
         for name, linear in _linears(block)
     }
-    parts = x.split(FEW_ROWS)
 
     def look(name: str, _: nn.Module, inputs: tuple[Tensor]) -> None:
         found[name] += hessian(inputs[0].flatten(0, -2)) * len(inputs[0]) / len(x)
@@ -752,7 +762,7 @@ def _hessians(block: nn.Module, x: Float[Tensor, "rows seq d_model"]) -> dict[st
     hooks = [
         linear.register_forward_pre_hook(partial(look, name)) for name, linear in _linears(block)
     ]
-    for part in parts:
+    for part in _parts(x):
         block(part)
     for hook in hooks:
         hook.remove()
@@ -789,7 +799,8 @@ class QuantizedTransformer(Transformer):
             head = table = _layer(left, "embed_tokens", self.embed_tokens, scheme.embedding)
             if self.lm_head is not None:
                 head = _layer(left, "lm_head", self.lm_head, scheme.embedding)
-            self.embed_tokens, self.lm_head = QuantizedEmbedding(table), head
+            self.embed_tokens = QuantizedEmbedding(table)  # type: ignore[assignment]
+            self.lm_head = head  # type: ignore[assignment]
         try:
             rest = self.load_state_dict(left, strict=False, assign=True)
         except RuntimeError as error:
@@ -859,11 +870,13 @@ def quantize_model(
         if grid is not None:
             _kind(grid)
     found = quantize_weights(model, scheme, calibration)
-    tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    tensors = {
+        name: tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if name.removesuffix(".weight") not in found
+    }
     for name, weight in found.items():
-        del tensors[f"{name}.weight"]
-        parts = _kind(weight.grid).from_quantized(weight).state_dict(prefix=f"{name}.")
-        tensors |= parts
+        tensors |= _kind(weight.grid).from_quantized(weight).state_dict(prefix=f"{name}.")
     tokenizer = getattr(model, "tokenizer", None)
     return QuantizedTransformer(model.config, scheme, tensors, tokenizer).eval()
 

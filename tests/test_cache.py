@@ -100,6 +100,18 @@ def test_truncate_takes_tokens_back(kind):
     torch.testing.assert_close(got, model(ids)[torch.arange(3), at[:, 0]], **FP32)
 
 
+def test_a_plan_does_not_outlive_what_it_was_made_for():
+    """As when a call fails after its first layer, and is taken back."""
+    cache, first = KVCache(ALL["llama"], 2, 5), torch.tensor([[0], [0]])
+    assert cache.plan(first) is cache.plan(first) and cache.lengths.tolist() == [1, 1]
+    cache.truncate([0, 0])
+    cache.plan(first)
+    assert cache.lengths.tolist() == [1, 1]
+    cache.select([1, 0])
+    with pytest.raises(ConfigError, match="row 0 holds 1 tokens"):
+        cache.plan(first)
+
+
 @each_kind
 @torch.no_grad()
 def test_select_keeps_repeats_and_reorders_rows(kind):

@@ -178,13 +178,12 @@ def test_all_samplers_and_stop_texts(capsys, small):
     model = load_hf(small)
     sampling = Sampling(1.5, 40, 0.95, 0.001, 1.1, 3)
     wanted = "".join(stream(Decoder(model), model.tokenizer.encode("to be"), 30, sampling))
-    words = (
-        "generate|to be|--model|{}|--max-new-tokens|30|--temperature|1.5|--top-k|40|--top-p|0.95|"
-        "--min-p|0.001|--repetition-penalty|1.1|--seed|3"
-    ).format(small)
-    assert run(capsys, *words.split("|"))[1] == f"to be{wanted}\n"
+    words = ["generate", "to be", "--model", small, "--max-new-tokens", "30", "--seed", "3"]
+    words += ["--temperature", "1.5", "--top-k", "40", "--top-p", "0.95", "--min-p", "0.001"]
+    words += ["--repetition-penalty", "1.1"]
+    assert run(capsys, *words)[1] == f"to be{wanted}\n"
     stop = next(wanted[i : i + 2] for i in range(5, 60) if wanted[i : i + 2].isascii())
-    got = run(capsys, *words.split("|"), "--stop", stop, "never")[1]
+    got = run(capsys, *words, "--stop", stop, "never")[1]
     assert got == f"to be{wanted[: wanted.index(stop)]}\n"
     half = run(capsys, "generate", "to be", "--model", small, "--dtype", "bfloat16")
     assert half[0] == 0 and half[1].startswith("to be")

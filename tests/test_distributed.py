@@ -192,7 +192,19 @@ def receive_from(communicator, source):
     communicator.receive(torch.zeros(1), source)
 
 
+def end_while_others_wait(communicator):
+    communicator.barrier()
+    if communicator.rank == 0:
+        time.sleep(0.2)
+    else:
+        receive_from(communicator, 0)
+
+
 DEADLOCKS = {
+    "one ends while the others wait": (
+        end_while_others_wait,
+        "rank 0 has ended; rank 1 waits for a message from rank 0",
+    ),
     "all receive first": (
         lambda c: receive_from(c, (c.rank + 1) % 3),
         "rank 0 waits for a message from rank 1; rank 1 waits for a message from rank 2; rank 2",
@@ -311,7 +323,11 @@ def test_what_ranks_draw_before_their_first_message_is_theirs_alone():
         for _ in range(20):
             numbers.append(float(torch.rand(())))
             time.sleep(1e-4)
-        communicator.barrier()
+        communicator.send(torch.zeros(1), (communicator.rank + 1) % 4)
+        for _ in range(50):  # whoever goes on draws, too
+            torch.rand(())
+            time.sleep(1e-4)
+        receive_from(communicator, (communicator.rank - 1) % 4)
         return numbers
 
     torch.manual_seed(1)

@@ -28,6 +28,7 @@ from minilm.pretrained import (
     CHAT_TEMPLATE,
     Chat,
     StoredTensor,
+    WithoutNumbers,
     chat_ids,
     chat_prompt,
     config_from_gguf,
@@ -255,6 +256,31 @@ def test_read_gguf(llama, small_gguf):
     assert metadata["llama.block_count"] == 2
     assert tensors["blk.1.ffn_down.weight"].shape == (64, llama.config.d_ff)
     assert set(tensors) == {foreign_name(name, "gguf") for name in llama.state_dict()}
+
+
+def test_read_gguf_finds_what_the_library_finds(small_gguf):
+    """The method that we replace for speed changes no value, no shape and no byte."""
+    metadata, tensors = read_gguf(small_gguf)
+    theirs = gguf.GGUFReader(small_gguf)
+    assert metadata == {key: field.contents() for key, field in theirs.fields.items()}
+    assert [*tensors] == [tensor.name for tensor in theirs.tensors]
+    for tensor in theirs.tensors:
+        ours = tensors[tensor.name].data
+        assert ours.dtype == tensor.data.dtype and np.array_equal(ours, tensor.data)
+
+
+def test_a_model_without_numbers_has_every_shape(llama):
+    with torch.device("meta"), WithoutNumbers():
+        skeleton = Transformer(llama.config)
+    shapes = {name: p.shape for name, p in llama.named_parameters()}
+    assert {name: p.shape for name, p in skeleton.named_parameters()} == shapes
+    assert all(p.is_meta for p in skeleton.parameters())
+    left, filled = torch.zeros(3), torch.zeros(3)
+    with WithoutNumbers():
+        nn.init.normal_(left)
+        left.normal_()
+        filled.fill_(1)
+    assert not left.any() and filled.all()
 
 
 def test_a_cut_or_damaged_gguf_is_one_sentence(small_gguf, tmp_path):

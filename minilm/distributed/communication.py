@@ -23,8 +23,6 @@ from minilm.errors import ConfigError, DataError
 
 __all__ = [
     "Communicator",
-    "Network",
-    "SimulatedCommunicator",
     "Simulation",
     "TorchCommunicator",
     "Traffic",

@@ -28,7 +28,7 @@ TIMEOUT = 20.0  # seconds; ranks that wait for each other are found at once
 # ranks on threads
 
 
-class Stuck(Exception):
+class StuckError(Exception):
     """The ranks did not come to an end."""
 
 
@@ -36,19 +36,19 @@ def on_ranks(work: Callable[[Communicator], Any], ranks: int) -> dict[str, Any]:
     """Run a function on each rank: results, and what went over the network.
 
     Raises:
-        Stuck: If the ranks wait for each other, or have not ended in time.
+        StuckError: If the ranks wait for each other, or have not ended in time.
     """
     try:
         ran = simulate(work, ranks, timeout=TIMEOUT)
     except DataError as error:
         if error.__cause__ is not None:
             raise error.__cause__ from None
-        raise Stuck(str(error)) from None
+        raise StuckError(str(error)) from None
     return {
         "results": ran.results,
         "bytes sent by all": ran.traffic.total,
         "bytes sent by the busiest rank": max(ran.traffic.sent),
-        "ranks that a rank sends to": int((ran.traffic.messages > 0).sum(axis=1).max()),
+        "ranks that a rank sends to": int((ran.traffic.bytes > 0).sum(axis=1).max()),
     }
 
 
@@ -206,6 +206,14 @@ def passed_on(communicator: Communicator, tensor: Tensor) -> None:
         tensor += passing
 
 
+def padded(communicator: Communicator, tensor: Tensor) -> None:
+    n = communicator.world_size
+    room = -(-len(tensor) // n) * n
+    longer = torch.cat([tensor, tensor.new_zeros(room - len(tensor))])
+    ring_all_reduce(communicator, longer)
+    tensor.copy_(longer[: len(tensor)])
+
+
 def to_everybody(communicator: Communicator, tensor: Tensor) -> None:
     rank, n = communicator.rank, communicator.world_size
     others = [other for other in range(n) if other != rank]
@@ -346,11 +354,11 @@ def averaged(
     return wrong
 
 
-def summed_means(divide: bool) -> Callable[[Communicator, Tensor, int], Tensor]:
+def summed_means(divide: bool, least: int = 0) -> Callable[[Communicator, Tensor, int], Tensor]:
     """The sum of the ranks' means, or their mean."""
 
     def wrong(communicator: Communicator, gradient: Tensor, count: int) -> Tensor:
-        mean = gradient / count
+        mean = gradient / max(count, least)
         package_all_reduce(communicator, mean)
         return mean / communicator.world_size if divide else mean
 
@@ -559,6 +567,12 @@ QUESTIONS = (
                 "The sums are right, but whole tensors go round the ring: cut them into chunks.",
             ),
             Mistake(
+                "padded",
+                padded,
+                "The sums are right, but you pad the tensor, and the padding travels as well: "
+                "chunks need not be of equal size.",
+            ),
+            Mistake(
                 "to everybody",
                 to_everybody,
                 "The sums are right, but each rank sends its whole tensor to all others.",
@@ -643,6 +657,12 @@ QUESTIONS = (
                 "sum of means",
                 summed_means(divide=False),
                 "You add up as many means as there are ranks.",
+            ),
+            Mistake(
+                "mean of means without the zero",
+                summed_means(divide=True, least=1),
+                "You only avoid the division by zero; means over unequal numbers of tokens cannot "
+                "be averaged.",
             ),
             Mistake(
                 "own count",
