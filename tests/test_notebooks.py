@@ -15,7 +15,7 @@ import sync_code
 
 NOTEBOOKS = common.notebooks()
 CHAPTERS = common.chapters()
-INFRASTRUCTURE = {"errors", "files", "assets", "device", "plotting", "ledger", "results"}
+INFRASTRUCTURE = {"errors", "files", "assets", "device", "plotting", "ledger", "native", "results"}
 ABOVE = {"cli", "exercises", "__init__", "__main__"}
 
 

@@ -16,10 +16,10 @@ __all__ = ["QUESTIONS"]
 
 
 def token_limit_with(
-    scale_bytes: float = 2,
-    least_bytes: float = 2,
-    bits_in_a_byte: float = 8,
-    cache_times: float = 1,
+    scale_bytes: int = 2,
+    least_bytes: int = 2,
+    bits_in_a_byte: int = 8,
+    cache_times: int = 1,
     scales: str = "groups",
 ) -> Callable[..., float]:
     """The limit of decoding, in which one part may be another."""
@@ -269,7 +269,7 @@ QUESTIONS = (
             ),
             Mistake(
                 "no least number",
-                token_limit_with(least_bytes=0),
+                token_limit_with(least_bytes=0.0),
                 "On an affine grid each group has a least number beside its scale.",
             ),
             Mistake(
