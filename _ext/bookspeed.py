@@ -12,13 +12,13 @@ from sphinx.application import Sphinx
 class Benchmark(Computed):
     """A table of one committed result, and a line that says how it was made."""
 
-    name: str
+    benchmark: str
 
     def rows(self, result: dict[str, Any]) -> list[str]:
         raise NotImplementedError
 
     def markdown(self) -> str:
-        path = ROOT / "minilm" / "assets" / "results" / f"{self.name}.json"
+        path = ROOT / "minilm" / "assets" / "results" / f"{self.benchmark}.json"
         self.env.note_dependency(str(path))
         content = json.loads(path.read_text(encoding="utf-8"))
         return "\n".join([*self.rows(content["result"]), "", made(content)])
@@ -46,7 +46,7 @@ def times(ratio: dict[str, Any]) -> str:
 class SpeedTraining(Benchmark):
     """The speedrun of chapter 10: seconds to the reference's final loss."""
 
-    name = "speedrun"
+    benchmark = "speedrun"
 
     def rows(self, result: dict[str, Any]) -> list[str]:
         reference, ours = result["reference"], result["ours"]
@@ -63,7 +63,7 @@ class SpeedTraining(Benchmark):
 class SpeedTokenizer(Benchmark):
     """Training and encoding of byte-pair encodings beside Hugging Face's."""
 
-    name = "tokenizer"
+    benchmark = "tokenizer"
 
     def rows(self, result: dict[str, Any]) -> list[str]:
         took, rate = result["seconds"], result["mb_per_second"]
@@ -90,7 +90,7 @@ class SpeedTokenizer(Benchmark):
 class SpeedDecoding(Benchmark):
     """SmolLM2-135M writing: tokens per second beside the peers and the bandwidth's limit."""
 
-    name = "decode"
+    benchmark = "decode"
 
     def rows(self, result: dict[str, Any]) -> list[str]:
         head = "Side", "Weights", "Batch", "Prefill, tokens/s", "Decoding, tokens/s", "Of the limit"
