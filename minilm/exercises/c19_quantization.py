@@ -269,7 +269,7 @@ QUESTIONS = (
             ),
             Mistake(
                 "no least number",
-                token_limit_with(least_bytes=0.0),
+                token_limit_with(least_bytes=0),
                 "On an affine grid each group has a least number beside its scale.",
             ),
             Mistake(
