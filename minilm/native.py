@@ -21,7 +21,8 @@ from minilm.assets import cache_directory
 
 __all__ = ["int4_matmul", "int8_matmul", "library"]
 
-FLAGS = ["-O3", "-ffast-math", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-shared", "-fPIC"]
+FLAGS = ["-O3", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-shared", "-fPIC"]
+FLAGS += ["-fno-math-errno", "-fno-trapping-math"]  # all of -ffast-math would change other code
 COMPILE_SECONDS = 60
 BLOCK = 32  # the loops take so many weights at once
 

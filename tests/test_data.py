@@ -693,6 +693,6 @@ def test_data_build_on_a_full_disk(tmp_path, plays):
     )
     assert done.returncode == 2, done.stderr
     assert re.fullmatch(
-        r"minilm: new\S*/shard-00000\.bin cannot be written: File too large\n", done.stderr
+        r"minilm: \.new\.part/shard-00000\.bin cannot be written: File too large\n", done.stderr
     )
     assert [path.name for path in tmp_path.iterdir()] == ["play.txt"]

@@ -761,3 +761,10 @@ def test_what_the_command_refuses(capsys, tmp_path):
     assert code == 2 and "not empty; name a new folder" in err
     code, _, err = run(capsys, "quantize", "boook", "-o", tmp_path / "new")
     assert code == 2 and "no model 'boook'" in err
+
+
+def test_the_kernels_leave_the_processor_as_it_was():
+    """A library that is built with -ffast-math switches subnormal numbers off for all others."""
+    native.library()
+    assert np.float32(1e-45) * np.float32(1.0) > 0 and 5e-324 * 1.0 > 0
+    assert float(torch.tensor(1e-45) * 1) > 0

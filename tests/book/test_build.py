@@ -105,7 +105,7 @@ def test_a_chapter_has_the_number_of_its_file(book):
         if name.startswith("chapters/"):
             page = parse(book.html / f"{name}.html")
             number = str(int(Path(name).name[:2]))
-            heading = page.find("h1").get_text()
+            heading = page.select_one("article h1").get_text()
             current = page.select_one("nav.bd-links li.current.active > a").get_text().strip()
             assert heading.startswith(f"{number}. ") and current.startswith(f"{number}. "), name
 

@@ -118,7 +118,7 @@ def raises_nonsense(x):
 def test_an_exception_is_told_with_the_learners_own_line():
     said = diagnosis(SOFTMAX, broken)
     assert said.startswith("Your code raised NameError: name 'missing' is not defined (line ")
-    assert "`total = x.sum() + missing`" in said
+    assert "`total = x.sum() + missing" in said
     assert "RecursionError" in diagnosis(SOFTMAX, calls_itself)
     assert "SystemExit: 0" in diagnosis(SOFTMAX, leaves)
     assert "Hostile (line" in diagnosis(SOFTMAX, raises_nonsense)
