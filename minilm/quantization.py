@@ -464,7 +464,7 @@ class Int8Linear(QuantizedLinear):
 
     Example:
         >>> layer = Int8Linear.from_float(torch.eye(64))
-        >>> layer(torch.arange(64.0)[None])[0, -3:]
+        >>> layer(torch.arange(64.0)[None])[0, -3:].round()
         tensor([61., 62., 63.])
     """
 
